@@ -1,0 +1,57 @@
+"""Tiny random checkpoints on disk and random vectors for them, for the tests of files and folders."""
+
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from secvec.sites import linear_sites, weight_shape
+from secvec.vector import Factors, SecurityVector, VectorInfo
+
+INFO = VectorInfo("topic", "sha256:base", "sha256:tok", "sha256:chat", "sha256:data", {"epochs": 3, "lr": 1e-3})
+
+
+def llama(*, dtype: torch.dtype = torch.float32, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def gpt2(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, shards: bool = False) -> Path:
+    model.save_pretrained(folder, max_shard_size="8KB" if shards else "1GB")
+    return folder
+
+
+def random_vector(model: PreTrainedModel, *, base: str = INFO.base, rank: int = 4, seed: int = 1) -> SecurityVector:
+    """Draw factors for every site of the model, large enough that the logits change visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: dict[str, Factors] = {}
+    for site, module in linear_sites(model).items():
+        d_out, d_in = weight_shape(module)
+        a = torch.randn(rank, d_in, generator=generator) * 0.1
+        factors[site] = Factors(a, torch.randn(d_out, rank, generator=generator) * 0.1)
+    info = VectorInfo(INFO.kind, base, INFO.tokenizer, INFO.chat_template, INFO.data, INFO.fit)
+    return SecurityVector(factors, 2.0, info)
+
+
+def random_ids(*, rows: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
+    return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
