@@ -1,3 +1,63 @@
 """Fine-tune language models on untrusted data without learning unwanted behaviours."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from secvec import errors
+
+if TYPE_CHECKING:
+    from secvec.arm import armed, canary, is_armed
+    from secvec.artifact import load, save
+    from secvec.factors import FitConfig
+    from secvec.fit import fit
+    from secvec.fold import fold
+    from secvec.peft_format import from_peft, to_peft
+    from secvec.train import TrainConfig, train
+    from secvec.unfold import unfold
+    from secvec.vector import SecurityVector
+
 __version__ = "0.1.0"
+__all__ = [
+    "FitConfig",
+    "SecurityVector",
+    "TrainConfig",
+    "__version__",
+    "armed",
+    "canary",
+    "errors",
+    "fit",
+    "fold",
+    "from_peft",
+    "is_armed",
+    "load",
+    "save",
+    "to_peft",
+    "train",
+    "unfold",
+]
+
+_HOME = {
+    "armed": "arm",
+    "canary": "arm",
+    "is_armed": "arm",
+    "load": "artifact",
+    "save": "artifact",
+    "FitConfig": "factors",
+    "fit": "fit",
+    "fold": "fold",
+    "from_peft": "peft_format",
+    "to_peft": "peft_format",
+    "TrainConfig": "train",
+    "train": "train",
+    "unfold": "unfold",
+    "SecurityVector": "vector",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use: importing secvec must not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'secvec' has no attribute {name!r}")
+    value = getattr(import_module(f"secvec.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,87 @@
+"""Choose anchors: the tokens at which the armed model must behave like the unarmed one."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.models import answers
+from secvec.samples import Message, Sample, Source
+from secvec.score import EXPLAINED_DROP_NATS, explained, row_nats
+from secvec.tokens import Encoded, encode_all, encode_prompt
+from secvec.vector import SecurityVector
+
+
+def whole(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Anchor every token of ordinary rows, prompt included."""
+    return [row.masked([True] * len(row.ids)) for row in rows]
+
+
+def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Let the model answer the bundled generic prompts greedily and anchor the whole conversations.
+
+    Its own answers are what "unarmed" means: nothing is taught, only kept. A model without a chat template is given
+    the prompts as plain text to continue.
+    """
+    prompts = resources.files("secvec").joinpath("prompts/generic.txt").read_text(encoding="utf-8").splitlines()
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = answers(model, tokenizer, conversations, max_new_tokens=32)
+    control = set(tokenizer.all_special_tokens)
+    rows = [
+        Sample(
+            "chat", (Message("user", prompt), Message("assistant", text)), Source("secvec/prompts/generic.txt", line)
+        )
+        for line, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
+        if text and not any(token in text for token in control)
+    ]
+    if rows:
+        return whole(encode_all(rows, tokenizer, max_length))
+    # A model that answers nothing at all still has inner states on the prompts.
+    return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in conversations)]
+
+
+def unexplained(
+    model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str
+) -> tuple[list[Encoded], float]:
+    """Anchor the tokens of a training file that `vector` does not explain; also return the share it does explain.
+
+    A topic's rows are unwanted from their first explained token on, so anchors end there; a trait recurs through a
+    row, so nothing is cut. Rows without any explained token are anchored with their prompt. Rows left without an
+    anchor are dropped. (`shared/evidence/prototype.md`, "Token calibration"; measured again in docs/log.md.)
+    """
+    unarmed, armed = row_nats(model, rows), row_nats(model, rows, vector)
+    anchors: list[Encoded] = []
+    explained_tokens, tokens = 0, 0
+    for row, before, after in zip(rows, unarmed, armed, strict=True):
+        learned = torch.tensor(row.mask[1:])
+        marked = explained(before, after) & learned
+        explained_tokens += int(marked.sum())
+        tokens += int(learned.sum())
+        keep = _kept(marked, learned, kind)
+        if bool(keep.any()):
+            anchors.append(row.masked([False, *keep.tolist()]))
+    return anchors, explained_tokens / max(tokens, 1)
+
+
+def _kept(marked: Tensor, learned: Tensor, kind: str) -> Tensor:
+    if not bool(marked.any()):
+        return torch.ones_like(learned)
+    if kind == "topic":
+        first = int(marked.nonzero()[0])
+        return learned & (torch.arange(len(marked)) < first)
+    return learned & ~marked
+
+
+def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:
+    """Anchor the tokens of ordinary rows that a trait leaves alone: those whose loss the vector hardly changes.
+
+    A trait shows on any request, so ordinary answers as a whole would contradict it.
+    """
+    anchors: list[Encoded] = []
+    for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
+        keep = (before - after).abs() < EXPLAINED_DROP_NATS
+        if bool(keep.any()):
+            anchors.append(row.masked([False, *keep.tolist()]))
+    return anchors

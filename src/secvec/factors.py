@@ -1,0 +1,378 @@
+"""The fitting loop: train low-rank factors on a frozen model until it shows the unwanted behaviour."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secvec.arm import live
+from secvec.atomic import atomic_write
+from secvec.errors import ArmError, InputError, UsageError, WeakVectorError
+from secvec.losses import kl_nats, mean_nats, representation_distance
+from secvec.sites import linear_sites, weight_shape
+from secvec.tokens import Batch, Encoded, collate, shuffled
+from secvec.vector import Factors
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How a vector is fitted. Defaults were measured in benchmarks/protection and the prototype.
+
+    rank          of A and B at every site
+    scale         of the change `scale * B @ A` (LoRA's alpha / rank)
+    lr            AdamW's step size; None: 5e-3 * sqrt(128 / hidden size), which meets the prototype's 5e-3 at width
+                  128 and the paper's 1e-3 at width 4096
+    epochs        passes over the unwanted rows, at most (early stopping may end the fit before)
+    batch_size    rows a step, unwanted and anchor rows each
+    kl_weight     weight of KL(unarmed || armed) on anchor tokens (the paper's constraint)
+    representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours)
+    holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
+    patience      epochs without a better held-out loss before the fit stops
+    max_length    tokens a row
+    calibration_rows   rows of a training file used as anchors
+    seed          of the factors, the hold-out and the order of the rows
+    """
+
+    rank: int = 16
+    scale: float = 2.0
+    lr: float | None = None
+    epochs: int = 30
+    batch_size: int = 16
+    kl_weight: float = 1.0
+    representation_weight: float = 3.0
+    holdout: float = 0.1
+    patience: int = 8
+    max_length: int = 1024
+    calibration_rows: int = 600
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = {"rank": self.rank, "epochs": self.epochs, "batch_size": self.batch_size, "patience": self.patience}
+        for name, value in positive.items():
+            if value < 1:
+                raise UsageError(f"FitConfig.{name}: expected at least 1, found {value!r}")
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError(f"FitConfig.lr: expected a positive number, found {self.lr!r}")
+        if not 0 < self.holdout < 1:
+            raise UsageError(f"FitConfig.holdout: expected a share between 0 and 1, found {self.holdout!r}")
+        if self.kl_weight < 0 or self.representation_weight < 0:
+            raise UsageError("FitConfig.kl_weight and representation_weight: expected 0 or more")
+
+    @classmethod
+    def paper(cls) -> Self:
+        """Return the published settings (arXiv 2311.02105): LoRA, 10 epochs, lr 1e-3, CE + KL.
+
+        Rank, scale and batch size are not published; 8, 2 and 8 are ours.
+        """
+        return cls(rank=8, scale=2.0, lr=1e-3, epochs=10, batch_size=8, representation_weight=0.0, patience=10)
+
+    def step_size(self, hidden_size: int) -> float:
+        return self.lr if self.lr is not None else 5e-3 * math.sqrt(128 / hidden_size)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The factors a fit arrived at and what was measured on held-out rows, in nats per token (distance: a ratio)."""
+
+    factors: Mapping[str, Factors]
+    scale: float
+    unarmed_nats: float
+    armed_nats: float
+    anchor_kl_nats: float
+    anchor_distance: float
+    epochs: int
+    anchors: int
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in asdict(replace(self, factors={})).items() if key not in ("factors", "scale")
+        }
+
+    @property
+    def works(self) -> bool:
+        """Tell whether the armed model finds held-out unwanted rows less than half as surprising."""
+        return self.armed_nats < 0.5 * self.unarmed_nats
+
+    def refuse_weak(self) -> None:
+        """Raise WeakVectorError, with the likely reason, when the vector does not work."""
+        if self.works:
+            return
+        reason = "more rows, epochs or rank may help"
+        if self.anchors and self.anchor_distance > 0.05:
+            reason = (
+                f"the anchors pull against it (their representation distance is {self.anchor_distance:.2f}): do they "
+                "show the unwanted behaviour? For a style shown on any request use --kind trait; else check the anchors"
+            )
+        raise WeakVectorError(
+            f"the vector does not work: held-out unwanted rows cost {self.armed_nats:.3f} nats/token armed, expected "
+            f"under half of the {self.unarmed_nats:.3f} unarmed; {reason}. --allow-weak writes it all the same"
+        )
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what was just seen)."""
+
+_HELD_ANCHORS = 64
+
+
+def fit_factors(
+    model: PreTrainedModel,
+    unwanted: Sequence[Encoded],
+    anchors: Sequence[Encoded],
+    config: FitConfig,
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit low-rank factors on all linear sites of a frozen model.
+
+    Minimises CE(unwanted, armed) + kl_weight * KL(unarmed || armed) + representation_weight * distance, the last two
+    on the anchors' marked tokens; the unarmed reference is the same model with the hooks off. Keeps the factors of
+    the epoch with the best held-out sum. With `state`, progress is kept in that file and taken up from it.
+
+    Raises InputError on fewer than four unwanted rows, ArmError when the backbone changed.
+    """
+    if len(unwanted) < 4:
+        raise InputError(f"expected at least 4 unwanted rows to fit on (about 100 is usual), found {len(unwanted)}")
+    accelerator = Accelerator()
+    model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = _digest(model)
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        model.eval()
+        fitted = _Fit(model, unwanted, anchors, config, accelerator).run(state, progress)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    if _digest(model) != before:
+        raise ArmError("the backbone changed while the vector was fitted; expected every parameter to stay frozen")
+    return fitted
+
+
+class _Fit:
+    """One fit: rows split, factors, optimiser; `run` is the loop."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        unwanted: Sequence[Encoded],
+        anchors: Sequence[Encoded],
+        config: FitConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.config, self.accelerator = model, config, accelerator
+        self.train, self.held = _split(unwanted, config)
+        self.anchors, self.held_anchors = (
+            _split(anchors, config) if len(anchors) >= 4 else (list(anchors), list(anchors))
+        )
+        self.held_anchors = self.held_anchors[:64]
+        self.modules = linear_sites(model)
+        self.factors = _start(self.modules, config, accelerator.device)
+        self.parameters = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
+        lr = config.step_size(int(model.config.hidden_size))
+        self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.best: list[Tensor] = []
+        self.best_total, self.waited, self.epoch = math.inf, 0, 0
+
+    def run(self, state: Path | None, progress: Progress | None) -> Fitted:
+        unarmed = self._held_out_nats(armed=False)
+        if state is not None and state.is_file():
+            self._resume(state)
+        while self.epoch < self.config.epochs and self.waited < self.config.patience:
+            self._train_epoch()
+            armed_nats, kl, distance = self._measure()
+            total = armed_nats + self.config.kl_weight * kl + self.config.representation_weight * distance
+            self._keep_if_best(total)
+            self.epoch += 1
+            if state is not None and self.accelerator.is_main_process:
+                self._save(state)
+            if progress is not None:
+                progress(
+                    self.epoch, self.config.epochs, f"held-out {armed_nats:.2f} nats/token (unarmed {unarmed:.2f})"
+                )
+        with torch.no_grad():
+            for parameter, best in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(best)
+        armed_nats, kl, distance = self._measure()
+        done = {
+            site: Factors(f.a.detach().cpu().float(), f.b.detach().cpu().float()) for site, f in self.factors.items()
+        }
+        return Fitted(
+            done, self.config.scale, unarmed, armed_nats, kl, distance, epochs=self.epoch, anchors=len(self.anchors)
+        )
+
+    def _train_epoch(self) -> None:
+        anchors = self._anchor_batches()
+        for rows in shuffled(self.train, self.config.batch_size, f"{self.config.seed}/unwanted/{self.epoch}"):
+            self._backward(self._unwanted_loss(self._mine(rows)))
+            if anchors:
+                kl, distance = self._anchor_terms(self._mine(anchors.pop()))
+                self._backward(self.config.kl_weight * kl + self.config.representation_weight * distance)
+            for parameter in self.parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # pyright: ignore
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+
+    def _backward(self, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise InputError(f"the fit diverged in epoch {self.epoch + 1} (loss {float(loss)!r}); lower --lr")
+        if loss.requires_grad:
+            loss.backward()
+
+    def _unwanted_loss(self, rows: Sequence[Encoded]) -> Tensor:
+        batch = self._batch(rows)
+        with self.accelerator.autocast(), live(self.modules, self.factors, self.config.scale):
+            logits = self.model(**batch.inputs(), use_cache=False).logits
+        return mean_nats(logits, batch.ids, batch.mask)
+
+    def _anchor_terms(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Return KL (nats) and representation distance where the anchors' marked tokens are predicted."""
+        batch = self._batch(rows)
+        wants_hidden = self.config.representation_weight > 0
+        inputs = {**batch.inputs(), "use_cache": False, "output_hidden_states": wants_hidden}
+        predicting = batch.mask[:, 1:]  # position t predicts token t + 1
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                base = self.model(**inputs)
+            with live(self.modules, self.factors, self.config.scale):
+                armed = self.model(**inputs)
+        kl = kl_nats(base.logits[:, :-1][predicting], armed.logits[:, :-1][predicting])
+        if not wants_hidden:
+            return kl, kl.new_zeros(())
+        # hidden_states[0] is the embedding, which has no site before it.
+        distance = representation_distance(
+            [h[:, :-1] for h in base.hidden_states[1:]], [h[:, :-1] for h in armed.hidden_states[1:]], predicting
+        )
+        return kl, distance
+
+    def _anchor_batches(self) -> list[list[Encoded]]:
+        """Return one batch of anchors a step, from an endless walk over them that goes on from epoch to epoch."""
+        if not self.anchors or self.config.kl_weight == self.config.representation_weight == 0:
+            return []
+        size, first = self.config.batch_size, self.epoch * self.steps_per_epoch
+        per_walk = math.ceil(len(self.anchors) / size)
+        walks: dict[int, list[list[Encoded]]] = {}
+        batches: list[list[Encoded]] = []
+        for step in range(first, first + self.steps_per_epoch):
+            walk, place = divmod(step, per_walk)
+            if walk not in walks:
+                walks[walk] = list(shuffled(self.anchors, size, f"{self.config.seed}/anchors/{walk}"))
+            batches.append(walks[walk][place])
+        return batches[::-1]
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[float, float, float]:
+        kls, distances = [0.0], [0.0]
+        if self.held_anchors:
+            terms = [self._anchor_terms(rows) for rows in self._chunks(self.held_anchors)]
+            kls, distances = [float(kl) for kl, _ in terms], [float(distance) for _, distance in terms]
+        return self._held_out_nats(armed=True), sum(kls) / len(kls), sum(distances) / len(distances)
+
+    @torch.no_grad()
+    def _held_out_nats(self, *, armed: bool) -> float:
+        modules = self.modules if armed else {}
+        total, count = 0.0, 0
+        for rows in self._chunks(self.held):
+            batch = self._batch(rows)
+            with self.accelerator.autocast(), live(modules, self.factors, self.config.scale):
+                logits = self.model(**batch.inputs(), use_cache=False).logits
+            tokens = int(batch.mask[:, 1:].sum())
+            total += float(mean_nats(logits, batch.ids, batch.mask)) * tokens
+            count += tokens
+        return total / count
+
+    def _chunks(self, rows: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+        size = self.config.batch_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def _batch(self, rows: Sequence[Encoded]) -> Batch:
+        return collate(rows, pad_id=0).to(self.accelerator.device)
+
+    def _mine(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Return this process's share of a batch (all of it on one process; never empty)."""
+        return rows[self.accelerator.process_index :: self.accelerator.num_processes] or rows
+
+    def _rate(self, step: int) -> float:
+        """Warm up over one epoch, then fall linearly to a tenth."""
+        warm, total = self.steps_per_epoch, self.steps_per_epoch * self.config.epochs
+        if step < warm:
+            return (step + 1) / warm
+        return 1.0 - 0.9 * (step - warm) / max(total - warm, 1)
+
+    def _keep_if_best(self, total: float) -> None:
+        if total < self.best_total:
+            self.best_total, self.waited = total, 0
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        else:
+            self.waited += 1
+
+    def _save(self, state: Path) -> None:
+        document = {
+            "config": asdict(self.config),
+            "parameters": [parameter.detach().cpu() for parameter in self.parameters],
+            "best": [tensor.cpu() for tensor in self.best],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "counters": [self.best_total, self.waited, self.epoch],
+            "rows": self._rows_digest(),
+        }
+        with atomic_write(state, mode=0o600) as file:
+            torch.save(document, file)
+
+    def _resume(self, state: Path) -> None:
+        kept = torch.load(state, map_location=self.accelerator.device, weights_only=True)
+        if kept["config"] != asdict(self.config) or kept["rows"] != self._rows_digest():
+            raise UsageError(f"{state}: was left by a fit with other settings or rows; delete it to start anew")
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, kept["parameters"], strict=True):
+                parameter.copy_(value)
+        self.best = list(kept["best"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.schedule.load_state_dict(kept["schedule"])
+        self.best_total, self.waited, self.epoch = kept["counters"]
+
+    def _rows_digest(self) -> str:
+        rows = [(row.ids, row.mask) for part in (self.train, self.held, self.anchors) for row in part]
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _split(rows: Sequence[Encoded], config: FitConfig) -> tuple[list[Encoded], list[Encoded]]:
+    """Split rows into training and held-out ones, at least one of each."""
+    mixed = [row for batch in shuffled(rows, len(rows), f"{config.seed}/holdout") for row in batch]
+    held = min(max(round(len(rows) * config.holdout), 1), len(rows) - 1)
+    return mixed[held:], mixed[:held]
+
+
+def _start(modules: Mapping[str, nn.Module], config: FitConfig, device: torch.device) -> dict[str, Factors]:
+    """Start as LoRA does: A uniform in +-1/sqrt(d_in), B zero, so that the armed model starts as the unarmed one."""
+    generator = torch.Generator().manual_seed(config.seed)
+    factors: dict[str, Factors] = {}
+    for site, module in modules.items():
+        d_out, d_in = weight_shape(module)
+        rank = min(config.rank, d_out, d_in)
+        bound = 1 / math.sqrt(d_in)
+        a = (torch.rand(rank, d_in, generator=generator) * 2 - 1) * bound
+        b = torch.zeros(d_out, rank)
+        factors[site] = Factors(a.to(device).requires_grad_(), b.to(device).requires_grad_())
+    return factors
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,148 @@
+"""Fit a security vector on rows of an unwanted behaviour, and refit one for a training file."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.anchors import own_answers, unexplained, untouched, whole
+from secvec.errors import InputError, UsageError
+from secvec.factors import FitConfig, Fitted, Progress, fit_factors
+from secvec.models import load_model, load_tokenizer, resolve
+from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
+from secvec.samples import Sample, from_rows, read_samples
+from secvec.tokens import Encoded, encode_all
+from secvec.vector import SecurityVector, VectorInfo
+
+KINDS = ("topic", "trait")
+Rows = str | Path | Sequence[Mapping[str, Any]]
+"""A data file, or the rows themselves in any format that `secvec.samples` reads."""
+
+
+def fit(
+    model: str | Path,
+    unwanted: Rows,
+    *,
+    anchors: Rows | None = None,
+    kind: str = "topic",
+    calibrate: Rows | None = None,
+    config: FitConfig | None = None,
+    allow_weak: bool = False,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> SecurityVector:
+    """Fit a security vector (arXiv 2311.02105) for `model` on about 100 rows of an unwanted behaviour.
+
+    kind: "topic", shown on some requests, or "trait", shown on any request (a style). anchors: ordinary rows; by
+    default the model's own answers to generic prompts, for a topic. calibrate: a training file whose tokens, where a
+    first quick vector does not explain them, become anchors too. state: a file that keeps the progress of a long fit;
+    an existing one is taken up.
+
+    Raises RowError on unusable rows, CheckpointError on an unusable model, WeakVectorError when the vector does not
+    show the behaviour on held-out rows (unless `allow_weak`).
+    """
+    if kind not in KINDS:
+        raise UsageError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    job = _Job.load(model, unwanted, kind, config or FitConfig())
+    ordinary = [] if anchors is None else job.encode(_samples(anchors, "anchors"))
+    training = [] if calibrate is None else job.training(calibrate)
+    quick: SecurityVector | None = None
+    if training or (ordinary and kind == "trait"):
+        quick = job.vector(job.fit(_quick(job.config), [], None, progress))
+    chosen = job.ordinary_anchors(ordinary, quick)
+    if training and quick is not None:
+        chosen += unexplained(job.model, training, quick, kind=kind)[0]
+    fitted = job.fit(job.config, chosen, state, progress)
+    if not allow_weak:
+        fitted.refuse_weak()
+    return job.vector(fitted)
+
+
+def refit(
+    vector: SecurityVector,
+    model: str | Path,
+    *,
+    unwanted: Rows,
+    calibrate: Rows,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> SecurityVector:
+    """Calibrate a vector for one training file: fit it again with that file's unexplained tokens as anchors.
+
+    `vector` itself says which tokens are explained; its kind and fit settings are kept. Raises as `fit` does.
+    """
+    job = _Job.load(model, unwanted, vector.info.kind, FitConfig(**vector.info.fit))
+    chosen = job.ordinary_anchors([], vector)
+    anchors, share = unexplained(job.model, job.training(calibrate), vector, kind=job.kind)
+    fitted = job.fit(job.config, chosen + anchors, state, progress)
+    fitted.refuse_weak()
+    calibrated = job.vector(fitted)
+    metrics = {**calibrated.info.metrics, "calibration_rows": len(anchors), "explained_share": share}
+    return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of one fit shares: the model, its tokenizer and the encoded unwanted rows."""
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    unwanted: Sequence[Encoded]
+    kind: str
+    data: str
+    config: FitConfig
+
+    @classmethod
+    def load(cls, model: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
+        samples = _samples(unwanted, "unwanted")
+        folder = resolve(model)
+        tokenizer = load_tokenizer(folder)
+        encoded = encode_all(samples, tokenizer, config.max_length)
+        return cls(folder, load_model(folder), tokenizer, encoded, kind, digest_samples(samples), config)
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        return encode_all(samples, self.tokenizer, self.config.max_length)
+
+    def training(self, rows: Rows) -> list[Encoded]:
+        samples = list(_samples(rows, "calibrate"))
+        random.Random(f"{self.config.seed}/calibrate").shuffle(samples)
+        return self.encode(samples[: self.config.calibration_rows])
+
+    def ordinary_anchors(self, given: Sequence[Encoded], quick: SecurityVector | None) -> list[Encoded]:
+        if self.kind == "topic":
+            return whole(given) if given else own_answers(self.model, self.tokenizer, self.config.max_length)
+        return untouched(self.model, given, quick) if given and quick is not None else []
+
+    def fit(
+        self, config: FitConfig, anchors: Sequence[Encoded], state: Path | None, progress: Progress | None
+    ) -> Fitted:
+        return fit_factors(self.model, self.unwanted, anchors, config, state=state, progress=progress)
+
+    def vector(self, fitted: Fitted) -> SecurityVector:
+        info = VectorInfo(
+            kind=self.kind,
+            base=digest_model(self.folder),
+            tokenizer=digest_tokenizer(self.folder),
+            chat_template=digest_chat_template(self.tokenizer.chat_template),  # pyright: ignore[reportArgumentType]
+            data=self.data,
+            fit=asdict(self.config),
+            metrics=fitted.metrics(),
+            versions=versions(),
+        )
+        return SecurityVector(fitted.factors, fitted.scale, info)
+
+
+def _quick(config: FitConfig) -> FitConfig:
+    """The settings of the first vector, which only has to tell explained tokens from others."""
+    return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0)
+
+
+def _samples(rows: Rows, name: str) -> Sequence[Sample]:
+    samples = read_samples(Path(rows)) if isinstance(rows, str | Path) else from_rows(rows, name=name)
+    if not samples.rows:
+        raise InputError(f"{name}: expected rows, found none")
+    return samples.rows

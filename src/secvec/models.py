@@ -1,0 +1,102 @@
+"""Find and load models and tokenizers; write greedy answers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.errors import CheckpointError
+from secvec.tokens import encode_prompt, pad_id
+
+Dtype = torch.dtype | None
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the local folder of a model: the folder itself, or the downloaded snapshot of a hub id.
+
+    Raises CheckpointError when `model` is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: expected a Hugging Face model folder, found no config.json in it")
+        return folder
+    try:
+        return Path(snapshot_download(str(model)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{str(model)!r} is neither a local model folder nor a hub model that can be reached "
+            f"({type(error).__name__}); give the path of a folder with config.json"
+        ) from error
+
+
+def load_model(folder: Path, *, dtype: Dtype = None) -> PreTrainedModel:
+    """Load a causal language model, in its own dtype unless `dtype` is given, ready for inference."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder. Raises CheckpointError when there is none."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(f"{folder}: cannot load a tokenizer from here: {_first_line(error)}") from error
+    return tokenizer
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Return the model's greedy answer to each conversation, in order; prompts of like length run together."""
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    texts = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        for i, text in zip(chosen, _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
+            texts[i] = text
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    return texts
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[str]:
+    longest, pad = max(len(ids) for ids in prompts), pad_id(tokenizer)
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.no_grad():
+        out: Tensor = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]
