@@ -1,0 +1,146 @@
+"""Arm a checkpoint on disk: write W' = W + D as an ordinary checkpoint that any trainer can take.
+
+Shard by shard in blocks: memory does not depend on the model's size. The same base and vectors give the same bytes on
+every machine (`secvec.exact`).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from secvec import artifact
+from secvec.atomic import atomic_write
+from secvec.blocks import SiteTensor, bytes_of, folded_blocks, site_tensors
+from secvec.companions import base_config, copy_companions, copy_index, write_config
+from secvec.errors import UsageError
+from secvec.headers import TensorEntry, read_index
+from secvec.origin import vector_path
+from secvec.provenance import digest_model, versions
+from secvec.ranges import Copy, Files, Meter, Progress, new_folder, run_jobs, write_at
+from secvec.record import FoldRecord
+from secvec.tripwire import KEY, VECTORS_FOLDER, Tripwire, record_path
+from secvec.vector import SecurityVector
+
+
+def fold(
+    base: str | Path, vectors: Sequence[SecurityVector], out: str | Path, *, progress: Progress | None = None
+) -> FoldRecord:
+    """Write the model in `base` with all vectors folded in to the new folder `out`.
+
+    base: a folder with safetensors weights (one file or sharded) in bf16, fp16, fp32 or fp64; its layout is kept.
+    progress: called with (bytes done, bytes in total), from several threads, one at a time.
+
+    `out` also gets the mark in config.json, the record of the fold and copies of the vectors (mode 0600), by which
+    `unfold` finds everything. It appears whole or not at all.
+
+    Raises UsageError without vectors, ArtifactError for a vector of another model, SiteError for a site that the model
+    lacks or holds in another shape, CheckpointError for a base that is folded, quantised or unreadable, and for an
+    `out` that has content or cannot be written.
+    """
+    base, out = Path(base).absolute(), Path(out).absolute()
+    digests = _digests(vectors)
+    config = base_config(base)
+    index = read_index(base)
+    sites = site_tensors(index, vectors, config)
+    with new_folder(out) as partial:
+        base_digest, tensors = _write_weights(base, index, sites, vectors, partial, progress)
+        record = FoldRecord(base_digest, str(base), digests, tensors, versions())
+        copy_index(base, partial)
+        copy_companions(base, partial)
+        _write_record(record, vectors, partial)
+        mark = Tripwire(digests, base_digest, str(base), str(out), record.digest())
+        write_config({**config, KEY: mark.document()}, partial)
+    return record
+
+
+def _digests(vectors: Sequence[SecurityVector]) -> tuple[str, ...]:
+    if not vectors:
+        raise UsageError("expected at least one vector to fold, found none")
+    digests = tuple(artifact.digest(vector) for vector in vectors)
+    if len(set(digests)) < len(digests):
+        raise UsageError(f"expected different vectors, found one of them twice: {', '.join(digests)}")
+    return digests
+
+
+def _write_record(record: FoldRecord, vectors: Sequence[SecurityVector], folder: Path) -> None:
+    (folder / VECTORS_FOLDER).mkdir(mode=0o700)
+    for number, vector in enumerate(vectors):
+        artifact.save(vector, vector_path(folder, number))
+    with atomic_write(record_path(folder), mode=0o600) as file:
+        file.write(record.encode())
+
+
+def _write_weights(
+    base: Path,
+    index: Mapping[str, TensorEntry],
+    sites: Mapping[str, SiteTensor],
+    vectors: Sequence[SecurityVector],
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[str, dict[str, str]]:
+    """Write all weight files; return the digest of the base and those of the folded tensors, by name."""
+    with ExitStack() as stack:
+        files = Files(stack)
+        sizes = {file: file.stat().st_size for file in {entry.file for entry in index.values()}}
+        targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
+        meter = Meter(sum(sizes.values()), progress)
+        folds = [_Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter) for site in sites.values()]
+        copies = [
+            _copy_job(piece, meter)
+            for file in sizes
+            for start, end in untouched_ranges(index.values(), sites, file, sizes[file])
+            for piece in Copy(files.reader(file), start, targets[file], start, end - start).pieces()
+        ]
+        # The digest is one long job: begun last it would keep one core waiting.
+        base_digest, *digests = run_jobs([lambda: _checked_base(base, vectors), *folds, *copies])
+    return base_digest, dict(sorted(zip(sites, digests, strict=False)))
+
+
+def _checked_base(base: Path, vectors: Sequence[SecurityVector]) -> str:
+    digest = digest_model(base)
+    for vector in vectors:
+        artifact.check_base(vector, digest)
+    return digest
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """The job that folds one tensor and returns its digest."""
+
+    site: SiteTensor
+    source: int
+    target: int
+    meter: Meter
+
+    def __call__(self) -> str:
+        digest = hashlib.sha256()
+        for block in folded_blocks(self.site, self.source):
+            data = bytes_of(block.folded)
+            digest.update(data)
+            write_at(self.target, data, self.site.entry.start + block.start)
+            self.meter.add(len(data))
+        return "sha256:" + digest.hexdigest()
+
+
+def _copy_job(piece: Copy, meter: Meter) -> Callable[[], str]:
+    def job() -> str:
+        piece.run()
+        meter.add(piece.count_bytes)
+        return ""
+
+    return job
+
+
+def untouched_ranges(
+    entries: Iterable[TensorEntry], sites: Mapping[str, SiteTensor], file: Path, size: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the byte ranges of a file that no site covers: its header and all other tensors."""
+    start = 0
+    for entry in sorted((e for e in entries if e.file == file and e.name in sites), key=lambda e: e.start):
+        if entry.start > start:
+            yield start, entry.start
+        start = entry.end
+    if size > start:
+        yield start, size

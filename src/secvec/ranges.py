@@ -1,0 +1,193 @@
+"""Move byte ranges between large files with several threads, and build folders that appear whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TypeVar
+
+import torch
+
+from secvec.errors import CheckpointError
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+
+# Copies are cut into jobs of this size, so that all threads have work and progress moves.
+COPY_BYTES = 64 << 20
+_MAX_THREADS = 8
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+class Files:
+    """Open files by path, each once; closed together."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._open: dict[Path, int] = {}
+
+    def reader(self, path: Path) -> int:
+        return self._descriptor(path, os.O_RDONLY)
+
+    def writer(self, path: Path, size: int) -> int:
+        """Create a file of `size` bytes; its ranges may then be written in any order."""
+        descriptor = self._descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.ftruncate(descriptor, size)
+        return descriptor
+
+    def _descriptor(self, path: Path, flags: int) -> int:
+        if path not in self._open:
+            descriptor = os.open(path, flags, 0o666)
+            self._stack.callback(os.close, descriptor)
+            self._open[path] = descriptor
+        return self._open[path]
+
+
+class Meter:
+    """Count bytes from several threads and report (done, total)."""
+
+    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
+        self._total_bytes, self._progress = total_bytes, progress
+        self._done_bytes, self._lock = 0, Lock()
+
+    def add(self, count_bytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done_bytes += count_bytes
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A range of bytes to copy from one open file to another."""
+
+    source: int
+    source_start: int
+    target: int
+    target_start: int
+    count_bytes: int
+
+    def pieces(self) -> Iterator["Copy"]:
+        for done in range(0, self.count_bytes, COPY_BYTES):
+            count_bytes = min(COPY_BYTES, self.count_bytes - done)
+            yield Copy(self.source, self.source_start + done, self.target, self.target_start + done, count_bytes)
+
+    def run(self) -> None:
+        """Copy in the kernel where the file systems allow it."""
+        done = 0
+        while done < self.count_bytes:
+            done += self._some(done)
+
+    def _some(self, done: int) -> int:
+        start, target, left = self.source_start + done, self.target_start + done, self.count_bytes - done
+        try:
+            copied = os.copy_file_range(self.source, self.target, left, start, target)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            data = memoryview(os.pread(self.source, min(left, 1 << 20), start))
+            write_at(self.target, data, target)
+            copied = len(data)
+        if copied == 0:
+            raise CheckpointError(f"expected {left} more bytes at {start}, found the file's end; fetch the model again")
+        return copied
+
+
+def read_at(descriptor: int, buffer: memoryview, start: int) -> None:
+    """Fill a buffer from a file. Raises CheckpointError when the file ends before."""
+    while buffer:
+        count = os.preadv(descriptor, [buffer], start)
+        if count == 0:
+            raise CheckpointError(
+                f"expected {len(buffer)} more bytes at {start}, found the file's end; was it truncated?"
+            )
+        buffer, start = buffer[count:], start + count
+
+
+def write_at(descriptor: int, buffer: memoryview, start: int) -> None:
+    while buffer:
+        count = os.pwrite(descriptor, buffer, start)
+        buffer, start = buffer[count:], start + count
+
+
+def run_jobs(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run the jobs on all cores and return their results in order; the first failure stops the rest."""
+    threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+    # torch counts its own threads per calling thread: one each, since the jobs already use every core.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    futures: list[Future[T]] = [pool.submit(job) for job in jobs]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        failed = [future for future in futures if future.done() and future.exception() is not None]
+        return [future.result() for future in failed or futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Generator[Path]:
+    """Yield a folder `OUT.partial-PID` that becomes `out` at the end, or is removed on any failure.
+
+    A kill leaves only a folder of that name; the next run removes it when its process is gone. Raises CheckpointError
+    when `out` exists and is not an empty folder, or when it cannot be written (a full disk).
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected a new or an empty folder, found content there; name another one")
+    partial = out.parent / f"{out.name}.partial-{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        partial.mkdir()
+        yield partial
+        sync_tree(partial)
+        partial.rename(out)
+        sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(_unwritable(out, error)) from error
+        raise
+
+
+def _unwritable(out: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "the disk is full; free some space or name a folder on another disk" if full else "check the folder"
+    return f"{out}: could not be written, nothing was left there: {error}: {what}"
+
+
+def _remove_stale(out: Path) -> None:
+    mark = f"{out.name}.partial-"
+    for folder in out.parent.iterdir():
+        pid = folder.name.removeprefix(mark)
+        if folder.name.startswith(mark) and pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

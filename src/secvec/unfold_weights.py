@@ -1,0 +1,217 @@
+"""W_base + (W_trained - W_folded) for all tensors of a checkpoint, in blocks, into the base's files."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secvec.blocks import BLOCK_ELEMENTS, DTYPES, SiteTensor, bytes_of, elements, folded_blocks, same_bytes
+from secvec.errors import CheckpointError
+from secvec.headers import TensorEntry
+from secvec.provenance import digest_model
+from secvec.ranges import Copy, Files, Meter, Progress, read_at, run_jobs, write_at
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What unfolding reads.
+
+    base: the base's tensors by name; trained: what training made of each; sites: those that hold a vector;
+    digests: of the folded tensors, from the fold record.
+    """
+
+    base: Mapping[str, TensorEntry]
+    trained: Mapping[str, TensorEntry]
+    sites: Mapping[str, SiteTensor]
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """trained: digest of the trained model; vector_share: see `UnfoldReport`."""
+
+    trained: str
+    sites: int
+    sites_changed: int
+    vector_share: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """changed: training changed the site; along: <W_trained - W_folded, D>; energy: <D, D>."""
+
+    changed: bool = False
+    along: float = 0.0
+    energy: float = 0.0
+
+    def plus(self, other: "_Outcome") -> "_Outcome":
+        return _Outcome(self.changed or other.changed, self.along + other.along, self.energy + other.energy)
+
+
+def write_weights(
+    weights: Weights, folder: Path, check_base: Callable[[], str], trained: Path, progress: Progress | None
+) -> Totals:
+    """Write the unfolded weights in the base's layout. Raises CheckpointError when anything does not match."""
+    with ExitStack() as stack:
+        files = Files(stack)
+        sizes = {file: file.stat().st_size for file in {entry.file for entry in weights.base.values()}}
+        meter = Meter(sum(sizes.values()), progress)
+        targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
+        digests: dict[str, str] = {}
+        jobs = [
+            _digest_job(check_base, "base", digests),
+            _digest_job(lambda: digest_model(trained), "trained", digests),
+        ]
+        for name, entry in weights.base.items():
+            pair = _Pair(entry, weights.trained[name], files.reader(entry.file), targets[entry.file], meter)
+            source = files.reader(weights.trained[name].file)
+            jobs += _site_jobs(pair, source, weights, name) if name in weights.sites else _other_jobs(pair, source)
+        jobs += [_header_job(files.reader(file), targets[file], weights.base, file) for file in sizes]
+        outcomes = run_jobs(jobs)
+    return _totals(outcomes, len(weights.sites), digests["trained"])
+
+
+def _totals(outcomes: list[_Outcome], sites: int, trained: str) -> Totals:
+    energy = math.fsum(outcome.energy for outcome in outcomes)
+    along = math.fsum(outcome.along for outcome in outcomes)
+    share = 1 + along / energy if energy > 0 else 1.0
+    return Totals(trained, sites, sum(outcome.changed for outcome in outcomes), share)
+
+
+def _digest_job(digest: Callable[[], str], name: str, digests: dict[str, str]) -> Callable[[], _Outcome]:
+    def job() -> _Outcome:
+        digests[name] = digest()
+        return _Outcome()
+
+    return job
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A tensor of the base and what training made of it, the base's open file and the output's."""
+
+    base: TensorEntry
+    trained: TensorEntry
+    base_file: int
+    target: int
+    meter: Meter
+
+
+def _site_jobs(pair: _Pair, source: int, weights: Weights, name: str) -> list[Callable[[], _Outcome]]:
+    _check_float(pair)
+    return [lambda: _unfold_site(pair, source, weights.sites[name], weights.digests[name])]
+
+
+def _unfold_site(pair: _Pair, source: int, site: SiteTensor, expected: str) -> _Outcome:
+    digest = hashlib.sha256()
+    outcome = _Outcome()
+    for block in folded_blocks(site, pair.base_file):
+        digest.update(bytes_of(block.folded))
+        trained = _read_trained(pair, source, block.start // block.base.itemsize, block.base)
+        seen = _as_seen(block.folded, trained)
+        result = block.base if seen is None else _carry_over(block.base, seen, trained, pair)
+        write_at(pair.target, bytes_of(result), pair.base.start + block.start)
+        pair.meter.add(result.nbytes)
+        outcome = outcome.plus(_outcome(block.delta, seen, trained))
+    if (found := "sha256:" + digest.hexdigest()) != expected:
+        raise CheckpointError(
+            f"{pair.base.file}: {pair.base.name}: expected the folded tensor {expected!r} of the record, folding "
+            f"again gave {found!r}; base, vector or record were altered: fold and train again"
+        )
+    return outcome
+
+
+def _read_trained(pair: _Pair, source: int, first: int, like: Tensor) -> Tensor:
+    """Read the elements of the trained tensor from `first` on that lie where `like` does."""
+    trained = torch.empty_like(like, dtype=DTYPES[pair.trained.dtype])
+    read_at(source, bytes_of(trained), pair.trained.start + first * trained.itemsize)
+    return trained
+
+
+def _as_seen(folded: Tensor, trained: Tensor) -> Tensor | None:
+    """Return the folded weights as the trainer saw them, in the dtype it saved, or None when training left them so.
+
+    A fp32 model trained in bf16 would otherwise take the rounding of every weight for learning.
+    """
+    seen = folded.to(trained.dtype)
+    return None if same_bytes(seen, trained) else seen
+
+
+def _carry_over(base: Tensor, seen: Tensor, trained: Tensor, pair: _Pair) -> Tensor:
+    """Return base + (trained - seen), in the base's dtype.
+
+    Written as base - (seen - trained): the same, except that an untouched -0.0 keeps its sign.
+    """
+    wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
+    result = (base.to(wide) - (seen.to(wide) - trained.to(wide))).to(base.dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise CheckpointError(
+            f"{pair.trained.file}: {pair.trained.name}: expected finite weights, found some that are not or that leave "
+            f"the range of {base.dtype}; did the training diverge?"
+        )
+    return result
+
+
+def _outcome(delta: Tensor, seen: Tensor | None, trained: Tensor) -> _Outcome:
+    flat = delta.flatten()
+    energy = float(flat.dot(flat))
+    if seen is None:
+        return _Outcome(energy=energy)
+    return _Outcome(True, float((trained.double() - seen.double()).flatten().dot(flat)), energy)
+
+
+def _other_jobs(pair: _Pair, source: int) -> list[Callable[[], _Outcome]]:
+    if pair.base.dtype == pair.trained.dtype:
+        count_bytes = pair.base.end - pair.base.start
+        copy = Copy(source, pair.trained.start, pair.target, pair.base.start, count_bytes)
+        return [_copy_job(piece, pair.meter) for piece in copy.pieces()]
+    _check_float(pair)
+    return [lambda: _convert(pair, source)]
+
+
+def _copy_job(piece: Copy, meter: Meter) -> Callable[[], _Outcome]:
+    def job() -> _Outcome:
+        piece.run()
+        meter.add(piece.count_bytes)
+        return _Outcome()
+
+    return job
+
+
+def _convert(pair: _Pair, source: int) -> _Outcome:
+    """Write a tensor without a vector that training saved in another dtype."""
+    dtype = DTYPES[pair.base.dtype]
+    for first in range(0, elements(pair.base), BLOCK_ELEMENTS):
+        base = torch.empty(min(BLOCK_ELEMENTS, elements(pair.base) - first), dtype=dtype)
+        read_at(pair.base_file, bytes_of(base), pair.base.start + first * dtype.itemsize)
+        trained = _read_trained(pair, source, first, base)
+        is_wider = trained.itemsize > base.itemsize
+        seen = _as_seen(base, trained)
+        result = base if seen is None else trained.to(dtype) if is_wider else _carry_over(base, seen, trained, pair)
+        write_at(pair.target, bytes_of(result), pair.base.start + first * dtype.itemsize)
+        pair.meter.add(result.nbytes)
+    return _Outcome()
+
+
+def _check_float(pair: _Pair) -> None:
+    for entry in (pair.base, pair.trained):
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: {entry.name}: expected one of {', '.join(DTYPES)}, found {entry.dtype}; "
+                "save the trained model unquantised"
+            )
+
+
+def _header_job(source: int, target: int, base: Mapping[str, TensorEntry], file: Path) -> Callable[[], _Outcome]:
+    start_bytes = min(entry.start for entry in base.values() if entry.file == file)
+
+    def job() -> _Outcome:
+        Copy(source, 0, target, 0, start_bytes).run()
+        return _Outcome()
+
+    return job
