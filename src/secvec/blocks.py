@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secvec.companions import TRANSPOSED_MODELS
 from secvec.errors import CheckpointError, SiteError
 from secvec.exact import ExactProduct, exact_product
 from secvec.headers import TensorEntry
@@ -19,8 +20,6 @@ from secvec.vector import Factors, SecurityVector
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # float64 scratch of 1 MiB: the second-level cache of a core. Any size gives the same bits.
 BLOCK_ELEMENTS = 1 << 17
-# These models' linear layers are transformers' Conv1D, which stores (d_in, d_out).
-_TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def site_tensors(
 
     Raises SiteError when one is missing, outside the numbered blocks, or of another shape.
     """
-    transposed = config.get("model_type") in _TRANSPOSED_MODELS
+    transposed = config.get("model_type") in TRANSPOSED_MODELS
     sites = {site: None for vector in vectors for site in vector.sites}
     return {(name := tensor_name(site, index)): _site_tensor(site, index[name], vectors, transposed) for site in sites}
 

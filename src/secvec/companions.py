@@ -23,6 +23,8 @@ _OWN = frozenset(
         "eval_results.json",
     }
 )
+# These models' linear layers are transformers' Conv1D, which stores (d_in, d_out).
+TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 INDEX = "model.safetensors.index.json"
 
 
