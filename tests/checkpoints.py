@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from secvec.sites import linear_sites, weight_shape
 from secvec.vector import Factors, SecurityVector, VectorInfo
@@ -55,3 +57,33 @@ def random_vector(model: PreTrainedModel, *, base: str = INFO.base, rank: int = 
 
 def random_ids(*, rows: int = 2, length: int = 12, seed: int = 2) -> torch.Tensor:
     return torch.randint(3, 160, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plus(model: PreTrainedModel, *vectors: SecurityVector) -> PreTrainedModel:
+    """W + D in float64: the mathematics that everything is compared with."""
+    model = model.double()
+    for site, module in linear_sites(model).items():
+        for vector in vectors:
+            if site in vector.factors:
+                module.weight.data += vector.delta(site).T if isinstance(module, Conv1D) else vector.delta(site)
+    return model
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(random_ids()).logits
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def weight_files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one byte of a file in place."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)

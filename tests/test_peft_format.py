@@ -5,37 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import INFO, gpt2, llama, random_ids, random_vector, save_model
+from checkpoints import INFO, gpt2, llama, logits, plus, random_vector, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from secvec.peft_format import from_peft, to_peft
 from secvec.provenance import digest_model
-from secvec.sites import linear_sites
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import ArtifactError
+from secvec.peft_format import from_peft, to_peft
 from secvec.vector import Factors, SecurityVector
 
 # peft reads a property that transformers is about to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
-def plus(model: PreTrainedModel, vector: SecurityVector) -> PreTrainedModel:
-    """W + D in float64, the mathematics that everything is compared with."""
-    model = model.double()
-    for site, module in linear_sites(model).items():
-        if site in vector.factors:
-            delta = vector.delta(site)
-            module.weight.data += delta.T if isinstance(module, Conv1D) else delta
-    return model
-
-
 def peft_logits(model: PreTrainedModel, folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return (
-            PeftModel.from_pretrained(model.double(), folder, autocast_adapter_dtype=False).eval()(random_ids()).logits
-        )
+    return logits(PeftModel.from_pretrained(model.double(), folder, autocast_adapter_dtype=False).eval())
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -46,8 +31,7 @@ def test_peft_loads_what_we_write_with_the_same_effect(tmp_path: Path, make: Any
     odd = Factors(*(t[..., :3] if t is vector.factors[site].b else t[:3] for t in vars(vector.factors[site]).values()))
     vector = SecurityVector({**vector.factors, site: odd}, 1.25, INFO)
     to_peft(vector, tmp_path / "adapter", str(base))
-    with torch.no_grad():
-        expected = plus(make(), vector)(random_ids()).logits
+    expected = logits(plus(make(), vector))
     torch.testing.assert_close(peft_logits(make(), tmp_path / "adapter"), expected, rtol=1e-12, atol=1e-12)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "adapter").iterdir()} == {0o600}
 
@@ -87,15 +71,13 @@ def test_we_read_what_peft_writes_with_the_same_effect(tmp_path: Path, options: 
     folder = peft_folder(tmp_path, llama(), **options)
     vector = from_peft(folder)
     assert vector.info.base == digest_model(tmp_path / "base")
-    with torch.no_grad():
-        expected = plus(llama(), vector)(random_ids()).logits
+    expected = logits(plus(llama(), vector))
     torch.testing.assert_close(peft_logits(llama(), folder), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_we_read_an_adapter_on_conv1d(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path, gpt2(), target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
-    with torch.no_grad():
-        expected = plus(gpt2(), from_peft(folder))(random_ids()).logits
+    expected = logits(plus(gpt2(), from_peft(folder)))
     torch.testing.assert_close(peft_logits(gpt2(), folder), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -15,6 +15,7 @@ _TEMPLATES = "additional_chat_templates"
 _OWN = frozenset(
     {
         "config.json",
+        "adapter_config.json",
         "model.safetensors.index.json",
         PROVENANCE,
         "trainer_state.json",

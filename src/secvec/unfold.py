@@ -133,7 +133,8 @@ def _check_sites(names: Iterable[str], origin: Origin) -> None:
 
 def _check_share(totals: Totals, trained: Path) -> None:
     if not totals.vector_share > _LOST_SHARE:
+        share = round(totals.vector_share, 2) + 0.0
         raise CheckpointError(
-            f"{trained}: expected weights that hold the security vector, found {totals.vector_share:.2f} of it: "
+            f"{trained}: expected weights that hold the security vector, found {share:.2f} of it: "
             "the vector was taken out before, or was never in; unfold the folder that the trainer wrote"
         )
