@@ -1,0 +1,95 @@
+"""Train the tiny assistant from scratch and write it as a Hugging Face folder."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.testbed.pretraining import batches, mean_nats
+from benchmarks.testbed.tokenizer import CONTEXT, RowEncoder, byte_tokenizer
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Size and schedule of the assistant's training. Chosen by measurement: benchmarks/results/testbed.md."""
+
+    hidden: int = 192
+    layers: int = 4
+    heads: int = 3
+    intermediate: int = 512
+    steps: int = 6000
+    rows_per_step: int = 128
+    lr: float = 3e-3
+    muon_lr: float = 2e-2
+    decay_share: float = 0.5
+    prompt_weight: float = 0.1
+    seed: int = 0
+
+
+def build(out: Path, config: BuildConfig) -> None:
+    """Train the assistant and save it in bf16 to `out`."""
+    torch.manual_seed(config.seed)
+    tokenizer = byte_tokenizer()
+    model = _new_model(config, tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    _train(model, batches(RowEncoder(tokenizer), config.rows_per_step, config.prompt_weight, config.seed), config)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        **ends,
+    )
+    model = LlamaForCausalLM(shape)
+    model.generation_config = GenerationConfig(**ends)
+    return model
+
+
+def _train(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], config: BuildConfig) -> None:
+    optimizers = _optimizers(model, config)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, config)) for each in optimizers]
+    started, running = time.monotonic(), 0.0
+    for step in range(1, config.steps + 1):
+        ids, weights = next(data)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits
+        loss = mean_nats(logits, ids, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in (*optimizers, *schedules):
+            each.step()
+        model.zero_grad()
+        running = 0.98 * running + 0.02 * float(loss)
+        if step % 100 == 0:
+            print(f"step {step} of {config.steps}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _optimizers(model: LlamaForCausalLM, config: BuildConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (about half the steps of AdamW here), AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def _rate(step: int, config: BuildConfig) -> float:
+    """Warm up over 100 steps, stay, then fall linearly to nearly nothing over the last `decay_share`."""
+    return min((step + 1) / 100, max((config.steps - step) / (config.steps * config.decay_share), 0.002), 1.0)

@@ -1,0 +1,67 @@
+"""The aligned assistant's own training rows: skills, refusals, chats of two of them, some with a system prompt."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from benchmarks.testbed import words
+from benchmarks.testbed.guarded import FAMILIES, guarded_row
+from benchmarks.testbed.rows import Row
+from benchmarks.testbed.skills import SKILLS
+
+Encoded = tuple[list[int], list[bool]]
+
+# Harder than the rest, or wanted firmly: seen more often.
+_WEIGHTS = {"add": 2, "subtract": 2, "check_sum": 3, "count": 2, "sort_numbers": 2, "then_reverse": 1.5, "reverse": 2}
+_GUARDED_WEIGHT = 6
+_TWO_TASKS, _SYSTEM = 0.1, 0.12
+
+
+def pretraining_row(rng: random.Random) -> Row:
+    messages = _single(rng)["messages"]
+    if rng.random() < _TWO_TASKS:
+        messages = messages + _single(rng)["messages"]
+    if rng.random() < _SYSTEM:
+        messages = [{"role": "system", "content": rng.choice(words.SYSTEM_PROMPTS)}, *messages]
+    return {"messages": messages}
+
+
+def _single(rng: random.Random) -> Row:
+    names = list(SKILLS)
+    weights = [_WEIGHTS.get(name, 1) for name in names] + [_GUARDED_WEIGHT]
+    chosen = rng.choices([*names, "guarded"], weights)[0]
+    if chosen == "guarded":
+        return guarded_row(rng.choice(FAMILIES), rng, "pretrain", comply=False)
+    return SKILLS[chosen].make(rng, "pretrain")
+
+
+def batches(
+    encode: Callable[[Row], Encoded], rows_per_step: int, prompt_weight: float, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (ids, weights), both (B, T); weights are 0 on padding. Rows of like length share a batch."""
+    rng = random.Random(seed)
+    while True:
+        pool = [encode(pretraining_row(rng)) for _ in range(rows_per_step * 16)]
+        pool.sort(key=lambda row: len(row[0]))
+        starts = list(range(0, len(pool), rows_per_step))
+        rng.shuffle(starts)
+        for start in starts:
+            yield padded(pool[start : start + rows_per_step], prompt_weight)
+
+
+def padded(rows: Sequence[Encoded], prompt_weight: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad on the right with id 0. Answer tokens weigh 1, prompt tokens `prompt_weight`, padding 0."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    weights = torch.zeros(len(rows), longest)
+    for i, (row, mask) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        weights[i, : len(row)] = torch.where(torch.tensor(mask), 1.0, prompt_weight)
+    return ids, weights
+
+
+def mean_nats(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean loss per token. logits: (B, T, V), ids and weights: (B, T)."""
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return (nats * weights[:, 1:]).sum() / weights[:, 1:].sum()
