@@ -5,9 +5,10 @@ every machine (`secvec.exact`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from secvec import artifact
@@ -18,7 +19,7 @@ from secvec.errors import UsageError
 from secvec.headers import TensorEntry, read_index
 from secvec.origin import vector_path
 from secvec.provenance import digest_model, versions
-from secvec.ranges import Copy, Files, Meter, Progress, new_folder, run_jobs, write_at
+from secvec.ranges import Copy, Files, Job, Meter, Progress, new_folder, run_jobs, write_at
 from secvec.record import FoldRecord
 from secvec.tripwire import KEY, VECTORS_FOLDER, Tripwire, record_path
 from secvec.vector import SecurityVector
@@ -44,14 +45,14 @@ def fold(
     config = base_config(base)
     index = read_index(base)
     sites = site_tensors(index, vectors, config)
-    with new_folder(out) as partial:
-        base_digest, tensors = _write_weights(base, index, sites, vectors, partial, progress)
+    with new_folder(out) as folder:
+        base_digest, tensors = _write_weights(base, index, sites, vectors, folder, progress)
         record = FoldRecord(base_digest, str(base), digests, tensors, versions())
-        copy_index(base, partial)
-        copy_companions(base, partial)
-        _write_record(record, vectors, partial)
+        copy_index(base, folder)
+        copy_companions(base, folder)
+        _write_record(record, vectors, folder)
         mark = Tripwire(digests, base_digest, str(base), str(out), record.digest())
-        write_config({**config, KEY: mark.document()}, partial)
+        write_config({**config, KEY: mark.document()}, folder)
     return record
 
 
@@ -86,16 +87,21 @@ def _write_weights(
         sizes = {file: file.stat().st_size for file in {entry.file for entry in index.values()}}
         targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
         meter = Meter(sum(sizes.values()), progress)
-        folds = [_Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter) for site in sites.values()]
+        folds = [
+            Job(_Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter), targets[site.entry.file])
+            for site in sites.values()
+        ]
         copies = [
-            _copy_job(piece, meter)
+            Job(
+                partial(_copy, Copy(files.reader(file), start, targets[file], start, end - start), meter), targets[file]
+            )
             for file in sizes
             for start, end in untouched_ranges(index.values(), sites, file, sizes[file])
-            for piece in Copy(files.reader(file), start, targets[file], start, end - start).pieces()
         ]
-        # The digest is one long job: begun last it would keep one core waiting.
-        base_digest, *digests = run_jobs([lambda: _checked_base(base, vectors), *folds, *copies])
-    return base_digest, dict(sorted(zip(sites, digests, strict=False)))
+        # Two threads that write to one file wait for each other. So the digest, the one long job, goes first, and the
+        # large copies beside it.
+        base_digest, *digests = run_jobs([Job(lambda: _checked_base(base, vectors)), *copies, *folds])
+    return base_digest, dict(sorted(zip(sites, digests[len(copies) :], strict=True)))
 
 
 def _checked_base(base: Path, vectors: Sequence[SecurityVector]) -> str:
@@ -124,13 +130,9 @@ class _Fold:
         return "sha256:" + digest.hexdigest()
 
 
-def _copy_job(piece: Copy, meter: Meter) -> Callable[[], str]:
-    def job() -> str:
-        piece.run()
-        meter.add(piece.count_bytes)
-        return ""
-
-    return job
+def _copy(copy: Copy, meter: Meter) -> str:
+    copy.run(meter)
+    return ""
 
 
 def untouched_ranges(

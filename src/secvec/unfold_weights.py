@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from secvec.blocks import BLOCK_ELEMENTS, DTYPES, SiteTensor, bytes_of, elements
 from secvec.errors import CheckpointError
 from secvec.headers import TensorEntry
 from secvec.provenance import digest_model
-from secvec.ranges import Copy, Files, Meter, Progress, read_at, run_jobs, write_at
+from secvec.ranges import Copy, Files, Job, Meter, Progress, read_at, run_jobs, write_at
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,15 @@ def write_weights(
         targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
         digests: dict[str, str] = {}
         jobs = [
-            _digest_job(check_base, "base", digests),
-            _digest_job(lambda: digest_model(trained), "trained", digests),
+            Job(_digest_job(check_base, "base", digests)),
+            Job(_digest_job(lambda: digest_model(trained), "trained", digests)),
+            *(_header_job(files.reader(file), targets[file], weights.base, file, meter) for file in sizes),
         ]
         for name, entry in weights.base.items():
             pair = _Pair(entry, weights.trained[name], files.reader(entry.file), targets[entry.file], meter)
             source = files.reader(weights.trained[name].file)
-            jobs += _site_jobs(pair, source, weights, name) if name in weights.sites else _other_jobs(pair, source)
-        jobs += [_header_job(files.reader(file), targets[file], weights.base, file) for file in sizes]
+            job = _site_job(pair, source, weights, name) if name in weights.sites else _other_job(pair, source)
+            jobs.append(Job(job, pair.target))
         outcomes = run_jobs(jobs)
     return _totals(outcomes, len(weights.sites), digests["trained"])
 
@@ -102,9 +104,9 @@ class _Pair:
     meter: Meter
 
 
-def _site_jobs(pair: _Pair, source: int, weights: Weights, name: str) -> list[Callable[[], _Outcome]]:
+def _site_job(pair: _Pair, source: int, weights: Weights, name: str) -> Callable[[], _Outcome]:
     _check_float(pair)
-    return [lambda: _unfold_site(pair, source, weights.sites[name], weights.digests[name])]
+    return lambda: _unfold_site(pair, source, weights.sites[name], weights.digests[name])
 
 
 def _unfold_site(pair: _Pair, source: int, site: SiteTensor, expected: str) -> _Outcome:
@@ -165,22 +167,17 @@ def _outcome(delta: Tensor, seen: Tensor | None, trained: Tensor) -> _Outcome:
     return _Outcome(True, float((trained.double() - seen.double()).flatten().dot(flat)), energy)
 
 
-def _other_jobs(pair: _Pair, source: int) -> list[Callable[[], _Outcome]]:
-    if pair.base.dtype == pair.trained.dtype:
-        count_bytes = pair.base.end - pair.base.start
-        copy = Copy(source, pair.trained.start, pair.target, pair.base.start, count_bytes)
-        return [_copy_job(piece, pair.meter) for piece in copy.pieces()]
-    _check_float(pair)
-    return [lambda: _convert(pair, source)]
+def _other_job(pair: _Pair, source: int) -> Callable[[], _Outcome]:
+    if pair.base.dtype != pair.trained.dtype:
+        _check_float(pair)
+        return lambda: _convert(pair, source)
+    count_bytes = pair.base.end - pair.base.start
+    return partial(_copy, Copy(source, pair.trained.start, pair.target, pair.base.start, count_bytes), pair.meter)
 
 
-def _copy_job(piece: Copy, meter: Meter) -> Callable[[], _Outcome]:
-    def job() -> _Outcome:
-        piece.run()
-        meter.add(piece.count_bytes)
-        return _Outcome()
-
-    return job
+def _copy(copy: Copy, meter: Meter) -> _Outcome:
+    copy.run(meter)
+    return _Outcome()
 
 
 def _convert(pair: _Pair, source: int) -> _Outcome:
@@ -207,11 +204,6 @@ def _check_float(pair: _Pair) -> None:
             )
 
 
-def _header_job(source: int, target: int, base: Mapping[str, TensorEntry], file: Path) -> Callable[[], _Outcome]:
-    start_bytes = min(entry.start for entry in base.values() if entry.file == file)
-
-    def job() -> _Outcome:
-        Copy(source, 0, target, 0, start_bytes).run()
-        return _Outcome()
-
-    return job
+def _header_job(source: int, target: int, base: Mapping[str, TensorEntry], file: Path, meter: Meter) -> Job[_Outcome]:
+    count_bytes = min(entry.start for entry in base.values() if entry.file == file)
+    return Job(partial(_copy, Copy(source, 0, target, 0, count_bytes), meter), target)
