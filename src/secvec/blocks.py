@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secvec.companions import TRANSPOSED_MODELS
 from secvec.errors import CheckpointError, SiteError
-from secvec.exact import ExactProduct, exact_product
+from secvec.exact import Array, ExactProduct, exact_product
 from secvec.headers import TensorEntry
 from secvec.ranges import read_at
 from secvec.sites import layer_of
@@ -32,10 +32,19 @@ class SiteTensor:
 
     def product(self) -> ExactProduct:
         """Return the change as stored, (d_out, d_in) or its transpose; several vectors side by side are one product."""
-        b = np.concatenate([scale * _array(factors.b) for scale, factors in self.parts], axis=1)
-        a = np.concatenate([_array(factors.a) for _, factors in self.parts], axis=0)
+        b, a = self._factors()
         exact_parts = 1 if self.entry.dtype in ("BF16", "F16") else 2
         return exact_product(a.T, b.T, parts=exact_parts) if self.transposed else exact_product(b, a, parts=exact_parts)
+
+    def energy(self) -> float:
+        """Return the squared Frobenius norm of the change, sum over (B^T B) * (A A^T)."""
+        b, a = self._factors()
+        return float(((b.T @ b) * (a @ a.T)).sum())
+
+    def _factors(self) -> tuple[Array, Array]:
+        """Return B (d_out, ranks), with the scales, and A (ranks, d_in) of all vectors, side by side, in float64."""
+        b = np.concatenate([scale * _array(factors.b) for scale, factors in self.parts], axis=1)
+        return b, np.concatenate([_array(factors.a) for _, factors in self.parts], axis=0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def same_bytes(left: Tensor, right: Tensor) -> bool:
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _array(factor: Tensor) -> Any:
+def _array(factor: Tensor) -> Array:
     return factor.detach().cpu().double().numpy()
 
 

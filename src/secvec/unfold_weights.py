@@ -50,9 +50,6 @@ class _Outcome:
     along: float = 0.0
     energy: float = 0.0
 
-    def plus(self, other: "_Outcome") -> "_Outcome":
-        return _Outcome(self.changed or other.changed, self.along + other.along, self.energy + other.energy)
-
 
 def write_weights(
     weights: Weights, folder: Path, check_base: Callable[[], str], trained: Path, progress: Progress | None
@@ -111,21 +108,23 @@ def _site_job(pair: _Pair, source: int, weights: Weights, name: str) -> Callable
 
 def _unfold_site(pair: _Pair, source: int, site: SiteTensor, expected: str) -> _Outcome:
     digest = hashlib.sha256()
-    outcome = _Outcome()
+    changed, along = False, 0.0
     for block in folded_blocks(site, pair.base_file):
         digest.update(bytes_of(block.folded))
         trained = _read_trained(pair, source, block.start // block.base.itemsize, block.base)
-        seen = _as_seen(block.folded, trained)
-        result = block.base if seen is None else _carry_over(block.base, seen, trained, pair)
+        seen, result = _as_seen(block.folded, trained), block.base
+        if seen is not None:
+            unlearned = _difference(seen, trained, block.base)
+            result, changed = _carry_over(block.base, unlearned, pair), True
+            along -= float(unlearned.flatten().dot(block.delta.to(unlearned.dtype).flatten()))
         write_at(pair.target, bytes_of(result), pair.base.start + block.start)
         pair.meter.add(result.nbytes)
-        outcome = outcome.plus(_outcome(block.delta, seen, trained))
     if (found := "sha256:" + digest.hexdigest()) != expected:
         raise CheckpointError(
             f"{pair.base.file}: {pair.base.name}: expected the folded tensor {expected!r} of the record, folding "
             f"again gave {found!r}; base, vector or record were altered: fold and train again"
         )
-    return outcome
+    return _Outcome(changed, along, site.energy())
 
 
 def _read_trained(pair: _Pair, source: int, first: int, like: Tensor) -> Tensor:
@@ -144,27 +143,27 @@ def _as_seen(folded: Tensor, trained: Tensor) -> Tensor | None:
     return None if same_bytes(seen, trained) else seen
 
 
-def _carry_over(base: Tensor, seen: Tensor, trained: Tensor, pair: _Pair) -> Tensor:
-    """Return base + (trained - seen), in the base's dtype.
-
-    Written as base - (seen - trained): the same, except that an untouched -0.0 keeps its sign.
-    """
+def _difference(seen: Tensor, trained: Tensor, base: Tensor) -> Tensor:
+    """Return W_folded - W_trained in float32, or in float64 if one of the checkpoints is."""
     wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
-    result = (base.to(wide) - (seen.to(wide) - trained.to(wide))).to(base.dtype)
+    return seen.to(wide) - trained.to(wide)
+
+
+def _carry_over(base: Tensor, unlearned: Tensor, pair: _Pair) -> Tensor:
+    """Return base + (trained - folded), in the base's dtype, from `unlearned` = folded - trained.
+
+    The sign is turned so that an untouched -0.0 keeps its own.
+    """
+    return _finite((base.to(unlearned.dtype) - unlearned).to(base.dtype), pair)
+
+
+def _finite(result: Tensor, pair: _Pair) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise CheckpointError(
             f"{pair.trained.file}: {pair.trained.name}: expected finite weights, found some that are not or that leave "
-            f"the range of {base.dtype}; did the training diverge?"
+            f"the range of {result.dtype}; did the training diverge?"
         )
     return result
-
-
-def _outcome(delta: Tensor, seen: Tensor | None, trained: Tensor) -> _Outcome:
-    flat = delta.flatten()
-    energy = float(flat.dot(flat))
-    if seen is None:
-        return _Outcome(energy=energy)
-    return _Outcome(True, float((trained.double() - seen.double()).flatten().dot(flat)), energy)
 
 
 def _other_job(pair: _Pair, source: int) -> Callable[[], _Outcome]:
@@ -187,12 +186,17 @@ def _convert(pair: _Pair, source: int) -> _Outcome:
         base = torch.empty(min(BLOCK_ELEMENTS, elements(pair.base) - first), dtype=dtype)
         read_at(pair.base_file, bytes_of(base), pair.base.start + first * dtype.itemsize)
         trained = _read_trained(pair, source, first, base)
-        is_wider = trained.itemsize > base.itemsize
-        seen = _as_seen(base, trained)
-        result = base if seen is None else trained.to(dtype) if is_wider else _carry_over(base, seen, trained, pair)
+        result = _converted(base, trained, pair)
         write_at(pair.target, bytes_of(result), pair.base.start + first * dtype.itemsize)
         pair.meter.add(result.nbytes)
     return _Outcome()
+
+
+def _converted(base: Tensor, trained: Tensor, pair: _Pair) -> Tensor:
+    if trained.itemsize > base.itemsize:
+        return _finite(trained.to(base.dtype), pair)
+    seen = _as_seen(base, trained)
+    return base if seen is None else _carry_over(base, _difference(seen, trained, base), pair)
 
 
 def _check_float(pair: _Pair) -> None:
