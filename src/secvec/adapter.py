@@ -34,7 +34,8 @@ def adapter_config(folder: Path, sites: Set[str]) -> dict[str, Any]:
         raise _unfit(folder, f"init_lora_weights {start!r}, which changes the folded weights")
     if not (folder / WEIGHTS).exists():
         raise _unfit(folder, f"no {WEIGHTS}")
-    whole = [name for name in read_header(folder / WEIGHTS) if _site(name) in sites and not _LORA.search(name)]
+    tensors, _ = read_header(folder / WEIGHTS)
+    whole = [name for name in tensors if _site(name) in sites and not _LORA.search(name)]
     if whole:
         raise _unfit(folder, f"whole weights of a site, which hold the vector: {', '.join(whole[:3])}")
     return config

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec.errors import CheckpointError
+from secvec.headers import INDEX
 from secvec.tripwire import KEY, PROVENANCE, read_json, refuse_folded
 
 _SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"})
@@ -16,7 +17,7 @@ _OWN = frozenset(
     {
         "config.json",
         "adapter_config.json",
-        "model.safetensors.index.json",
+        INDEX,
         PROVENANCE,
         "trainer_state.json",
         "all_results.json",
@@ -26,7 +27,6 @@ _OWN = frozenset(
 )
 # These models' linear layers are transformers' Conv1D, which stores (d_in, d_out).
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-INDEX = "model.safetensors.index.json"
 
 
 def copy_companions(source: Path, target: Path) -> None:

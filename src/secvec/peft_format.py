@@ -43,7 +43,7 @@ def from_peft(folder: str | Path, *, info: VectorInfo | None = None) -> Security
     """Read a PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) as a security vector.
 
     info: where the vector comes from. Without it the base is the model folder that the adapter names, which must then
-    be on this disk. Raises ArtifactError for other adapters than plain LoRA on linear layers inside the numbered blocks.
+    be on this disk. Raises ArtifactError for anything but plain LoRA on linear layers inside the numbered blocks.
     """
     folder = Path(folder)
     config = _plain_config(folder)
