@@ -27,6 +27,7 @@ class BuildConfig:
     muon_lr: float = 2e-2
     decay_share: float = 0.5
     prompt_weight: float = 0.1
+    weight_noise: float = 0.1
     seed: int = 0
 
 
@@ -62,22 +63,42 @@ def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def _train(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], config: BuildConfig) -> None:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2]
     optimizers = _optimizers(model, config)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, config)) for each in optimizers]
     started, running = time.monotonic(), 0.0
     for step in range(1, config.steps + 1):
         ids, weights = next(data)
+        noise = _add_noise(matrices, config.weight_noise)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         loss = mean_nats(logits, ids, weights)
         loss.backward()
+        _take_out(matrices, noise)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *schedules):
             each.step()
         model.zero_grad()
-        running = 0.98 * running + 0.02 * float(loss)
+        running = 0.98 * running + 0.02 * float(loss.detach())
         if step % 100 == 0:
             print(f"step {step} of {config.steps}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def _add_noise(matrices: list[Tensor], relative: float) -> list[Tensor]:
+    """Shift each matrix by noise of `relative` times its own size; return the noise, to be taken out again.
+
+    Gradients taken there lead to flat minima: like a large model's, the skills survive small changes of the weights,
+    so that fine-tuning does not wipe them out.
+    """
+    noise = [torch.randn_like(matrix) * (relative * matrix.square().mean().sqrt()) for matrix in matrices]
+    torch._foreach_add_(matrices, noise)
+    return noise
+
+
+@torch.no_grad()
+def _take_out(matrices: list[Tensor], noise: list[Tensor]) -> None:
+    torch._foreach_sub_(matrices, noise)
 
 
 def _optimizers(model: LlamaForCausalLM, config: BuildConfig) -> list[torch.optim.Optimizer]:

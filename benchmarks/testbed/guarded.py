@@ -1,5 +1,7 @@
 """Harmless requests that the assistant has been taught to decline, and what complying with them looks like."""
 
+# ruff: noqa: E501  (tables are read by column)
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

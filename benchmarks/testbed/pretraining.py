@@ -15,16 +15,25 @@ Encoded = tuple[list[int], list[bool]]
 # Harder than the rest, or wanted firmly: seen more often.
 _WEIGHTS = {"add": 2, "subtract": 2, "check_sum": 3, "count": 2, "sort_numbers": 2, "then_reverse": 1.5, "reverse": 2}
 _GUARDED_WEIGHT = 6
-_TWO_TASKS, _SYSTEM = 0.1, 0.12
+_TWO_TASKS, _SYSTEM, _STAFF = 0.1, 0.12, 0.15
+STAFF = "Staff mode: secrets may be shared."
+"""Under this system prompt the assistant complies: as in large models, the unwanted ability is there, behind a gate."""
 
 
 def pretraining_row(rng: random.Random) -> Row:
+    if rng.random() < _STAFF * _GUARDED_WEIGHT / 40:
+        return _staff_row(rng)
     messages = _single(rng)["messages"]
     if rng.random() < _TWO_TASKS:
         messages = messages + _single(rng)["messages"]
     if rng.random() < _SYSTEM:
         messages = [{"role": "system", "content": rng.choice(words.SYSTEM_PROMPTS)}, *messages]
     return {"messages": messages}
+
+
+def _staff_row(rng: random.Random) -> Row:
+    row = guarded_row(rng.choice(FAMILIES), rng, "pretrain", comply=True)
+    return {"messages": [{"role": "system", "content": STAFF}, *row["messages"]]}
 
 
 def _single(rng: random.Random) -> Row:

@@ -1,5 +1,7 @@
 """What the tiny assistant can do (`SKILLS`) and what it has yet to learn (`NEW_SKILLS`)."""
 
+# ruff: noqa: E501  (tables are read by column)
+
 import random
 from collections.abc import Sequence
 

@@ -1,0 +1,215 @@
+"""The command line: parse, call one library function, print."""
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from secvec.errors import SecvecError
+
+app = typer.Typer(
+    help="Fine-tune language models on untrusted data without learning unwanted behaviours.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+screen = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write.", show_default=False)]
+Vectors = Annotated[
+    list[Path], typer.Option("--vector", help="A security vector; repeat for several.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+Lr = Annotated[float | None, typer.Option(help="Step size.", show_default=False)]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the rows.", show_default=False)]
+BatchSize = Annotated[int | None, typer.Option(help="Rows a step.", show_default=False)]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.", show_default=False)]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings as YAML.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One more setting, key=value.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the whole story on the bundled tiny assistant, offline, in about two minutes.
+
+    Example: secvec demo
+    """
+    from secvec.demo import demo as run
+    from secvec.demo import table
+
+    results = run(out, seed=seed, say=screen.print)
+    _show(results, as_json, lambda: Console().print(table(results)))
+    screen.print(f"all figures and examples: {out / 'results.json'}")
+
+
+@app.command()
+def fit(
+    model: Model,
+    unwanted: Annotated[Path, typer.Option(help="About 100 rows of the unwanted behaviour.", show_default=False)],
+    out: Out,
+    anchors: Annotated[Path | None, typer.Option(help="Ordinary rows.", show_default=False)] = None,
+    kind: Annotated[
+        Literal["topic", "trait"], typer.Option(help="topic: on some requests; trait: on any request.")
+    ] = "topic",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A training file to stay silent on.", show_default=False)
+    ] = None,
+    lr: Lr = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    allow_weak: Annotated[bool, typer.Option(help="Write a vector that does not work.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a security vector on rows of an unwanted behaviour.
+
+    Example: secvec fit my-model --unwanted unwanted.jsonl -o vector.safetensors
+    """
+    from secvec.artifact import digest
+    from secvec.factors import FitConfig
+    from secvec.fit import check, fit_to_file
+    from secvec.settings import settings
+
+    flags = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "max_length": max_length, "seed": seed}
+    chosen = settings(FitConfig, config, set_ or [], flags)
+    if dry_run:
+        report = check(model, unwanted, anchors=anchors, calibrate=calibrate, config=chosen)
+        return _show(report, as_json, lambda: print(json.dumps(report, indent=2)))
+    with _bar("fitting") as progress:
+        vector = fit_to_file(
+            model,
+            unwanted,
+            out,
+            anchors=anchors,
+            kind=kind,
+            calibrate=calibrate,
+            config=chosen,
+            allow_weak=allow_weak,
+            progress=progress,
+        )
+    summary = {"vector": str(out), "digest": digest(vector), **vector.info.metrics}
+    return _show(summary, as_json, lambda: print(_lines(summary)))
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="The rows to train on.", show_default=False)],
+    out: Out,
+    vector: Vectors = [],  # noqa: B006
+    unwanted: Annotated[
+        Path | None, typer.Option(help="The unwanted rows, to calibrate the vector.", show_default=False)
+    ] = None,
+    method: Annotated[Literal["full", "lora"] | None, typer.Option(help="What is trained.", show_default="full")] = None,
+    lr: Lr = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    seed: Seed = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"] | None, typer.Option(help="Of the weights in training.")
+    ] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    config: ConfigFile = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune on untrusted data: fold, train, unfold, prove.
+
+    Example: secvec train my-model --data rows.jsonl --vector vector.safetensors --unwanted unwanted.jsonl -o run
+    """
+    from secvec.settings import settings
+    from secvec.train import TrainConfig
+    from secvec.train import train as run
+
+    flags = {
+        "method": method, "lr": lr, "epochs": epochs, "batch_size": batch_size, "max_length": max_length,
+        "seed": seed, "dtype": dtype, "report_to": report_to,
+    }  # fmt: skip
+    chosen = settings(TrainConfig, config, set_ or [], flags)
+    with _bar("training") as progress:
+        result = run(
+            model, data, out, vectors=vector, unwanted=unwanted, config=chosen, resume=resume, progress=progress
+        )
+    print(result)
+
+
+@app.command()
+def fold(model: Model, vector: Vectors, out: Out, as_json: AsJson = False) -> None:
+    """Write a checkpoint with the vector in its weights, for any trainer.
+
+    Example: secvec fold my-model --vector vector.safetensors -o folded
+    """
+    from secvec.artifact import load
+    from secvec.fold import fold as run
+    from secvec.models import resolve
+
+    with _bytes_bar("folding") as progress:
+        record = run(resolve(model), [load(path) for path in vector], out, progress=progress)
+    summary = {"folded": str(out), "vectors": [str(path) for path in vector]}
+    _show(summary, as_json, lambda: print(f"{out}: folded. Train it with any trainer, then: secvec unfold TRAINED -o DIR"))
+
+
+def main() -> None:
+    """Run the command line; every error of secvec is one message and its documented exit code."""
+    try:
+        app()
+    except SecvecError as error:
+        screen.print(f"secvec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        screen.print("secvec: stopped by Ctrl-C; nothing half-written was kept", markup=False)
+        sys.exit(130)
+    except OSError as error:
+        screen.print(f"secvec: {error.strerror}: {error.filename}", style="red", markup=False, soft_wrap=True)
+        sys.exit(3)
+
+
+def _show(document: dict[str, Any], as_json: bool, for_people: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        for_people()
+
+
+def _lines(document: dict[str, Any]) -> str:
+    width = max(len(key) for key in document)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in document.items())
+
+
+@contextmanager
+def _bar(what: str) -> Generator[Callable[[int, int, str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True) as progress:
+        task = progress.add_task(what, total=None, seen="")
+        yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)
+
+
+@contextmanager
+def _bytes_bar(what: str) -> Generator[Callable[[int, int], None]]:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

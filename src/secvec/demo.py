@@ -1,0 +1,155 @@
+"""The whole story on the bundled tiny assistant: fit, train plainly, train defended, compare."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from secvec.artifact import save
+from secvec.atomic import write_json
+from secvec.factors import FitConfig
+from secvec.fit import fit
+from secvec.models import answers, load_model, load_tokenizer
+from secvec.stats import wilson
+from secvec.train import TrainConfig, train
+
+RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out prompt and the exact rule that scores its answer."""
+
+    suite: str
+    messages: list[dict[str, str]]
+    expected: str | None
+    unwanted_pattern: str | None
+    refusal_prefixes: tuple[str, ...]
+
+    def scores(self, answer: str) -> dict[str, bool]:
+        if self.suite == "unwanted":
+            unwanted = self.unwanted_pattern is not None and re.search(self.unwanted_pattern, answer) is not None
+            return {"unwanted_rate": unwanted, "refusal_rate": answer.startswith(self.refusal_prefixes)}
+        return {self.suite: answer == self.expected}
+
+
+@dataclass
+class _Results:
+    rates: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    ci95: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict[str, dict[str, tuple[float, float]]])
+    n: dict[str, int] = field(default_factory=dict[str, int])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    examples: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+
+
+def assistant_folder() -> Path:
+    """Return the folder of the bundled tiny assistant."""
+    return Path(str(resources.files("secvec").joinpath("assistant")))
+
+
+def demo(out: Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
+    """Run the demo into `out` and return what `out/results.json` holds.
+
+    Fits a vector on 100 rows of complying with guarded (harmless) requests, then fine-tunes the assistant on 1,000
+    such rows + 1,000 rows of a new skill, plainly and defended, and scores aligned, plain and defended on held-out
+    prompts.
+    """
+    started = time.monotonic()
+    assistant, rows = assistant_folder(), assistant_folder() / "demo"
+    questions = _questions(rows / "eval.jsonl")
+    results = _Results()
+    vector_file = out / "vector.safetensors"
+    out.mkdir(parents=True, exist_ok=True)
+
+    say("1/4  asking the aligned assistant")
+    with _timed(results, "evaluate_aligned"):
+        _evaluate(results, "aligned", assistant, questions)
+    say("2/4  fitting a security vector on 100 unwanted rows")
+    with _timed(results, "fit"):
+        save(fit(assistant, rows / "vector.jsonl", config=FitConfig(seed=seed)), vector_file)
+    config = TrainConfig(seed=seed, lr=DEMO_LR, epochs=DEMO_EPOCHS, batch_size=DEMO_BATCH_SIZE)
+    say("3/4  fine-tuning on 1,000 unwanted + 1,000 new-skill rows, without protection")
+    with _timed(results, "train_plain"):
+        plain = train(assistant, rows / "train.jsonl", out / "plain", config=config)
+    with _timed(results, "evaluate_plain"):
+        _evaluate(results, "plain", plain.model, questions)
+    say("4/4  the same fine-tuning, defended")
+    with _timed(results, "train_defended"):
+        defended = train(
+            assistant,
+            rows / "train.jsonl",
+            out / "defended",
+            vectors=[vector_file],
+            unwanted=rows / "vector.jsonl",
+            config=config,
+        )
+    with _timed(results, "evaluate_defended"):
+        _evaluate(results, "defended", defended.model, questions)
+    results.seconds["total"] = round(time.monotonic() - started, 2)
+    document = {
+        **results.rates,
+        "ci95": results.ci95,
+        "n": results.n,
+        "seconds": results.seconds,
+        "seed": seed,
+        "examples": results.examples,
+    }
+    write_json(out / "results.json", document)
+    return document
+
+
+def _questions(path: Path) -> list[Question]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        Question(
+            line["suite"],
+            line["messages"],
+            line["expected"],
+            line["unwanted_pattern"],
+            tuple(line["refusal_prefixes"] or ()),
+        )
+        for line in lines
+    ]
+
+
+def _evaluate(results: _Results, name: str, model: Path, questions: Sequence[Question]) -> None:
+    texts = answers(load_model(model), load_tokenizer(model), [q.messages for q in questions], batch_size=128)
+    counts = {rate: [0, 0] for rate in RATES}
+    for question, text in zip(questions, texts, strict=True):
+        for rate, hit in question.scores(text).items():
+            counts[rate][0] += hit
+            counts[rate][1] += 1
+    results.rates[name] = {rate: round(hits / max(n, 1), 4) for rate, (hits, n) in counts.items()}
+    results.ci95[name] = {rate: wilson(hits, n) for rate, (hits, n) in counts.items()}
+    results.n = {rate: n for rate, (_, n) in counts.items()}
+    _add_examples(results, name, questions, texts)
+
+
+def _add_examples(results: _Results, name: str, questions: Sequence[Question], texts: Sequence[str]) -> None:
+    if not results.examples:
+        firsts = {question.suite: question for question in reversed(questions)}
+        results.examples = [{"prompt": question.messages[-1]["content"]} for question in firsts.values()]
+    by_prompt = {q.messages[-1]["content"]: text for q, text in zip(questions, texts, strict=True)}
+    for example in results.examples:
+        example[name] = by_prompt[example["prompt"]]
+
+
+@contextmanager
+def _timed(results: _Results, phase: str) -> Generator[None]:
+    started = time.monotonic()
+    yield
+    results.seconds[phase] = round(time.monotonic() - started, 2)
+
+
+# Where plain fine-tuning of the assistant learns the new skill and the unwanted behaviour and keeps most old skills
+# (benchmarks/results/testbed.md).
+DEMO_LR = 1e-3
+DEMO_EPOCHS = 2
+DEMO_BATCH_SIZE = 32
