@@ -1,14 +1,27 @@
 """Tiny random checkpoints on disk and random vectors for them, for the tests of files and folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from secvec.sites import linear_sites, weight_shape
 from secvec.vector import Factors, SecurityVector, VectorInfo
+
+# These tensors are so small that threads would only wait for each other.
+torch.set_num_threads(1)
 
 INFO = VectorInfo("topic", "sha256:base", "sha256:tok", "sha256:chat", "sha256:data", {"epochs": 3, "lr": 1e-3})
 
@@ -36,6 +49,49 @@ def gpt2(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedMode
         vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
     return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = SPECIAL | {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
+# The models that equivalence is shown on: model_type -> what its config sets besides the defaults.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "qwen2": SMALL | {"num_key_value_heads": 2},
+    "qwen3": GROUPED,
+    "mistral": GROUPED,
+    "gemma": GROUPED,
+    "gemma2": GROUPED,
+    "gemma3_text": GROUPED,
+    "gemma3": {"text_config": GROUPED, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 150},
+    "gpt2": {"vocab_size": 160, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | SPECIAL,
+    "gpt_neox": SMALL,
+    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": SMALL,
+    "phi3": SMALL | {"num_key_value_heads": 2},
+    "mixtral": GROUPED | {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "qwen2_moe": SMALL | EXPERTS | {"num_key_value_heads": 2, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": GROUPED | EXPERTS,
+}
+
+
+def tiny(architecture: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Make a random model of one of `ARCHITECTURES`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, shards: bool = False) -> Path:
@@ -87,3 +143,16 @@ def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients of a language model's loss on `random_ids`, by parameter."""
+    model.zero_grad()
+    model(input_ids=random_ids(), labels=random_ids(), use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Tell whether ||found - expected|| < tolerance * ||expected||."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm()) < tolerance * float(expected.norm())

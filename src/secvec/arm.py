@@ -2,9 +2,12 @@
 
 An armed site computes W x + scale * B (A x). The factors are not parameters of the model, so they cannot be trained,
 saved, pickled or merged by accident.
+
+A graph of torch.compile is the model as it was when traced, with the vector or without. So arming and disarming drop
+all compiled graphs of the process; whatever is compiled is traced again at its next call.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secvec import artifact
 from secvec.errors import ArmError
 from secvec.sites import canonical, site_modules
 from secvec.vector import Factors, SecurityVector
@@ -23,24 +27,28 @@ class _Arming:
 
     def __init__(self, site: str, terms: Sequence[tuple[Factors, float]]) -> None:
         self.site = site
-        self.fired = 0
+        self.fired = 0  # calls since arming; 1 for any number of calls in a compiled graph
         self._terms = terms
         self._cast: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor, float]]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        self.fired += 1
+        _refuse_capture(self.site)
+        # To count its calls, a compiled graph would have to be traced anew at each.
+        self.fired = 1 if torch.compiler.is_compiling() else self.fired + 1
         x: Tensor = args[0]
         for a, b, scale in self._terms_for(x.device, x.dtype):
-            output = output + (nn.functional.linear(nn.functional.linear(x, a), b) * scale).to(output.dtype)
+            output = output + (nn.functional.linear(nn.functional.linear(x, a), b) * scale).to(output)
         return output
 
     def _terms_for(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
-        if any(factors.a.requires_grad for factors, _ in self._terms):
-            # Fitting: the factors change every step, so a cast copy would go stale.
+        # While fitting, the factors change every step, so a kept copy would go stale; a graph keeps its own.
+        if torch.compiler.is_compiling() or any(factors.a.requires_grad for factors, _ in self._terms):
             return [(f.a.to(device, dtype), f.b.to(device, dtype), scale) for f, scale in self._terms]
         key = (device, dtype)
         if key not in self._cast:
-            self._cast[key] = [(f.a.to(*key), f.b.to(*key), scale) for f, scale in self._terms]
+            # Tensors born in inference mode could not be used in training afterwards.
+            with torch.inference_mode(False):
+                self._cast[key] = [(f.a.to(*key), f.b.to(*key), scale) for f, scale in self._terms]
         return self._cast[key]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -52,6 +60,7 @@ class Canary:
     """What a canary batch showed: each site and how often its vector acted in one forward pass."""
 
     fired: Mapping[str, int]
+    """1 for any number of times in a compiled model"""
     largest_change: float
     """max |logits armed - logits unarmed|"""
 
@@ -64,19 +73,18 @@ def is_armed(model: nn.Module) -> bool:
 def arm(model: nn.Module, *vectors: SecurityVector) -> None:
     """Put vectors into effect in `model`, frozen, until `disarm`; prefer `with armed(...)`.
 
-    Raises SiteError when a site is missing or misshapen, ArmError when the model is armed or compiled already. Either
-    every site is armed or none is.
+    Raises SiteError when a site is missing or misshapen, ArmError when the model is armed or compiled already, or when
+    two of the vectors are the same. Either every site is armed or none is.
     """
+    _refuse_twice(vectors)
+    _refuse_armed(model)
+    _refuse_compiled(model)
     terms: dict[str, list[tuple[Factors, float]]] = {}
     for vector in vectors:
         for site, factors in vector.factors.items():
-            terms.setdefault(site, []).append((factors, vector.scale))
-    if not terms:
-        raise ArmError("expected at least one security vector to arm, found none")
-    _refuse_armed(model)
-    _refuse_compiled(model)
-    modules = site_modules(model, vectors)
-    _attach(modules, terms)
+            terms.setdefault(site, []).append((Factors(factors.a.detach(), factors.b.detach()), vector.scale))
+    _attach(site_modules(model, vectors), terms)
+    torch.compiler.reset()
 
 
 def disarm(model: nn.Module) -> None:
@@ -90,6 +98,7 @@ def disarm(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):  # pyright: ignore[reportPrivateUsage]
             if isinstance(hook, _Arming):
                 del module._forward_hooks[key]  # pyright: ignore[reportPrivateUsage]
+    torch.compiler.reset()
 
 
 @contextmanager
@@ -129,17 +138,12 @@ def canary(model: nn.Module, batch: Mapping[str, Tensor]) -> Canary:
     armings = {arming.site: arming for arming in _armings(model)}
     if not armings:
         raise ArmError(f"canary: expected an armed model, found no armed site in {type(model).__name__}")
-    before = {site: arming.fired for site, arming in armings.items()}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
+    with _evaluating(model), torch.no_grad():
+        with _counting(armings.values()):
             with_vector: Tensor = model(**batch).logits
-            fired = {site: arming.fired - before[site] for site, arming in armings.items()}
-            with _suspended(model):
-                without_vector: Tensor = model(**batch).logits
-    finally:
-        model.train(was_training)
+            fired = {site: arming.fired for site, arming in armings.items()}
+        with _suspended(model):
+            without_vector: Tensor = model(**batch).logits
     silent = [site for site, count in fired.items() if count == 0]
     if silent:
         raise ArmError(
@@ -155,8 +159,16 @@ def canary(model: nn.Module, batch: Mapping[str, Tensor]) -> Canary:
 def _attach(
     modules: Mapping[str, nn.Module], terms: Mapping[str, Sequence[tuple[Factors, float]]]
 ) -> list[RemovableHandle]:
-    # prepend: the vector's term belongs to the linear layer itself, so it comes before hooks that watch its output.
-    return [module.register_forward_hook(_Arming(site, terms[site]), prepend=True) for site, module in modules.items()]
+    handles: list[RemovableHandle] = []
+    try:
+        for site, module in modules.items():
+            # prepend: the vector's term belongs to the layer itself, before hooks that watch the layer's output.
+            handles.append(module.register_forward_hook(_Arming(site, terms[site]), prepend=True))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
 
 
 def _armings(model: nn.Module) -> Iterator[_Arming]:
@@ -168,21 +180,41 @@ def _armings(model: nn.Module) -> Iterator[_Arming]:
 
 @contextmanager
 def _suspended(model: nn.Module) -> Generator[None]:
-    taken: list[tuple[nn.Module, dict[int, Any]]] = []
-    for module in model.modules():
-        hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
-        if any(isinstance(hook, _Arming) for hook in hooks.values()):
-            taken.append((module, dict(hooks)))
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, _Arming):
-                    del hooks[key]
+    hooks = [module._forward_hooks for module in model.modules()]  # pyright: ignore[reportPrivateUsage]
+    taken = [(h, dict(h)) for h in hooks if any(isinstance(hook, _Arming) for hook in h.values())]
+    disarm(model)
     try:
         yield
     finally:
-        for module, kept in taken:
-            hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
-            hooks.clear()
-            hooks.update(kept)
+        for mine, kept in taken:
+            mine.clear()
+            mine.update(kept)
+        torch.compiler.reset()
+
+
+@contextmanager
+def _counting(armings: Collection[_Arming]) -> Generator[None]:
+    """Count from zero inside, and forget it after: a canary says nothing about whether training runs the vector."""
+    before = [arming.fired for arming in armings]
+    for arming in armings:
+        arming.fired = 0
+    try:
+        yield
+    finally:
+        for arming, fired in zip(armings, before, strict=True):
+            arming.fired = fired
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Put every module into evaluation mode, and each back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_whole(model: nn.Module, sites: set[str]) -> None:
@@ -193,6 +225,14 @@ def _check_whole(model: nn.Module, sites: set[str]) -> None:
     silent = [site for site, fired in left.items() if fired == 0]
     if silent and len(silent) < len(left):
         raise ArmError(f"{len(silent)} of {len(left)} sites never ran their vector while armed, first {silent[0]}")
+
+
+def _refuse_twice(vectors: Sequence[SecurityVector]) -> None:
+    if not vectors:
+        raise ArmError("expected at least one security vector to arm, found none")
+    digests = [artifact.digest(vector) for vector in vectors] if len(vectors) > 1 else []
+    if len(set(digests)) < len(digests):
+        raise ArmError(f"expected different vectors, found one of them twice: {', '.join(digests)}")
 
 
 def _refuse_armed(model: nn.Module) -> None:
@@ -209,6 +249,13 @@ def _refuse_compiled(model: nn.Module) -> None:
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:  # pyright: ignore
             where = canonical(name) or type(module).__name__
             raise ArmError(
-                f"refusing to arm a compiled model ({where}): its graph was traced without the vector and would go on "
+                f"refusing to arm a compiled model ({where}): its graph was traced without the vector and may go on "
                 "without it; arm first, then compile, or train a folded model"
             )
+
+
+def _refuse_capture(site: str) -> None:
+    # In some versions is_exporting() is also true inside torch.compile, which may have the vector: it is dropped again.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise ArmError(f"refusing to export an armed model (site {site}): the vector would be in it; disarm it first")

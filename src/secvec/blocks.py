@@ -1,6 +1,7 @@
 """W + D for one tensor of a checkpoint, in blocks that fit the processor's cache."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from secvec.errors import CheckpointError, SiteError
 from secvec.exact import Array, ExactProduct, exact_product
 from secvec.headers import TensorEntry
 from secvec.ranges import read_at
-from secvec.sites import layer_of
+from secvec.sites import check_site
 from secvec.vector import Factors, SecurityVector
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -73,9 +74,14 @@ def site_tensors(
 
 
 def tensor_name(site: str, index: Mapping[str, TensorEntry]) -> str:
-    """Return the name of a site's weight on disk; checkpoints of a bare backbone lack the first part of the name."""
-    layer_of(site)
-    for name in (f"{site}.weight", f"{site.partition('.')[2]}.weight"):
+    """Return the name of a site's weight on disk.
+
+    Checkpoints of a bare backbone lack the first part of the name. Those of multimodal models keep the names of
+    transformers 4 (`language_model.model.`), whatever the model is called in memory (`model.language_model.`).
+    """
+    check_site(site)
+    older = re.sub(r"^model\.language_model\.", "language_model.model.", site)
+    for name in (f"{site}.weight", f"{site.partition('.')[2]}.weight", f"{older}.weight"):
         if name in index:
             return name
     raise SiteError(

@@ -1,9 +1,11 @@
 """The command line: parse, call one library function, print."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,9 +118,14 @@ def train(
     out: Out,
     vector: Vectors = [],  # noqa: B006
     unwanted: Annotated[
-        Path | None, typer.Option(help="The unwanted rows, to calibrate the vector.", show_default=False)
+        list[Path],
+        typer.Option(
+            help="The rows a vector was fitted on, to calibrate it; one for each --vector.", show_default=False
+        ),
+    ] = [],  # noqa: B006
+    method: Annotated[
+        Literal["full", "lora"] | None, typer.Option(help="What is trained.", show_default="full")
     ] = None,
-    method: Annotated[Literal["full", "lora"] | None, typer.Option(help="What is trained.", show_default="full")] = None,
     lr: Lr = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -139,7 +146,7 @@ def train(
     Example: secvec train my-model --data rows.jsonl --vector vector.safetensors --unwanted unwanted.jsonl -o run
     """
     from secvec.settings import settings
-    from secvec.train import TrainConfig
+    from secvec.train import TrainConfig, check, summary
     from secvec.train import train as run
 
     flags = {
@@ -147,11 +154,15 @@ def train(
         "seed": seed, "dtype": dtype, "report_to": report_to,
     }  # fmt: skip
     chosen = settings(TrainConfig, config, set_ or [], flags)
+    if dry_run:
+        report = check(model, data, vectors=vector, unwanted=unwanted, config=chosen)
+        return _show(report, as_json, lambda: print(_lines(report)))
     with _bar("training") as progress:
         result = run(
             model, data, out, vectors=vector, unwanted=unwanted, config=chosen, resume=resume, progress=progress
         )
-    print(result)
+    document = {**asdict(result), "out": str(result.out), "model": str(result.model)}
+    return _show(document, as_json, lambda: print(summary(result)))
 
 
 @app.command()
@@ -166,12 +177,56 @@ def fold(model: Model, vector: Vectors, out: Out, as_json: AsJson = False) -> No
 
     with _bytes_bar("folding") as progress:
         record = run(resolve(model), [load(path) for path in vector], out, progress=progress)
-    summary = {"folded": str(out), "vectors": [str(path) for path in vector]}
-    _show(summary, as_json, lambda: print(f"{out}: folded. Train it with any trainer, then: secvec unfold TRAINED -o DIR"))
+    document = {"folded": str(out), **asdict(record)}
+    told = f"{out}: folded. Train it with any trainer, then: secvec unfold TRAINED -o DIR"
+    _show(document, as_json, lambda: print(told))
+
+
+@app.command()
+def unfold(
+    trained: Annotated[Path, typer.Argument(help="What a trainer made of a folded model.", show_default=False)],
+    out: Out,
+    base: Annotated[Path | None, typer.Option(help="The base model, if it was moved.", show_default=False)] = None,
+    folded: Annotated[Path | None, typer.Option(help="The folded model, if it was moved.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take the vector out of what was trained on a folded model.
+
+    Example: secvec unfold trained -o defended
+    """
+    from secvec.unfold import unfold as run
+
+    with _bytes_bar("unfolding") as progress:
+        report = run(trained, out, base=base, folded=folded, progress=progress)
+    document = {"defended": str(out), **report.document()}
+    told = (
+        f"{out}: defended. {report.sites} sites held the vector, training changed {report.sites_changed} of them; "
+        f"the trained weights held {report.vector_share:.3f} of the vector."
+    )
+    _show(document, as_json, lambda: print(told))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Any file or folder.", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Say what a file or folder is: vector, folded, defended, adapter, plain, a run.
+
+    Example: secvec inspect run/model
+    """
+    from secvec.inspect import inspect as run
+
+    document = run(path)
+    _show(document, as_json, lambda: print(_lines(document)))
 
 
 def main() -> None:
     """Run the command line; every error of secvec is one message and its documented exit code."""
+    # Progress bars and notes of libraries would tear ours apart; errors are raised, not logged.
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     try:
         app()
     except SecvecError as error:
@@ -209,7 +264,13 @@ def _bar(what: str) -> Generator[Callable[[int, int, str], None]]:
 def _bytes_bar(what: str) -> Generator[Callable[[int, int], None]]:
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -3,13 +3,15 @@
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from secvec.artifact import save
 from secvec.atomic import write_json
@@ -19,7 +21,13 @@ from secvec.models import answers, load_model, load_tokenizer
 from secvec.stats import wilson
 from secvec.train import TrainConfig, train
 
+MODELS = ("aligned", "plain", "defended")
 RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
+# Where plain fine-tuning of the assistant learns the new skill and the unwanted behaviour and keeps most old skills
+# (benchmarks/results/testbed.md).
+DEMO_LR = 1e-3
+DEMO_EPOCHS = 2
+DEMO_BATCH_SIZE = 32
 Say = Callable[[str], None]
 
 
@@ -54,14 +62,14 @@ def assistant_folder() -> Path:
     return Path(str(resources.files("secvec").joinpath("assistant")))
 
 
-def demo(out: Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
+def demo(out: str | Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
     """Run the demo into `out` and return what `out/results.json` holds.
 
     Fits a vector on 100 rows of complying with guarded (harmless) requests, then fine-tunes the assistant on 1,000
     such rows + 1,000 rows of a new skill, plainly and defended, and scores aligned, plain and defended on held-out
     prompts.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     assistant, rows = assistant_folder(), assistant_folder() / "demo"
     questions = _questions(rows / "eval.jsonl")
     results = _Results()
@@ -87,7 +95,7 @@ def demo(out: Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
             rows / "train.jsonl",
             out / "defended",
             vectors=[vector_file],
-            unwanted=rows / "vector.jsonl",
+            unwanted=[rows / "vector.jsonl"],
             config=config,
         )
     with _timed(results, "evaluate_defended"):
@@ -103,6 +111,23 @@ def demo(out: Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
     }
     write_json(out / "results.json", document)
     return document
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Return the results for the screen: rates with their 95 % intervals, then the example answers."""
+    shown = Table("after training on 1,000 unwanted + 1,000 wanted rows", *MODELS, caption_justify="left")
+    for rate in RATES:
+        name = f"{rate.replace('_', ' ')} (n = {results['n'][rate]})"
+        shown.add_row(name, *(_cell(results[model][rate], results["ci95"][model][rate]) for model in MODELS))
+    shown.add_section()
+    for example in results["examples"]:
+        shown.add_row(Text(example["prompt"]), *(Text(example[model]) for model in MODELS))
+    shown.caption = f"{results['seconds']['total']:.0f} s in all; seed {results['seed']}"
+    return shown
+
+
+def _cell(rate: float, interval: Sequence[float]) -> str:
+    return f"{rate:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
 
 
 def _questions(path: Path) -> list[Question]:
@@ -146,10 +171,3 @@ def _timed(results: _Results, phase: str) -> Generator[None]:
     started = time.monotonic()
     yield
     results.seconds[phase] = round(time.monotonic() - started, 2)
-
-
-# Where plain fine-tuning of the assistant learns the new skill and the unwanted behaviour and keeps most old skills
-# (benchmarks/results/testbed.md).
-DEMO_LR = 1e-3
-DEMO_EPOCHS = 2
-DEMO_BATCH_SIZE = 32

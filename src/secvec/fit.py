@@ -9,16 +9,17 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import own_answers, unexplained, untouched, whole
-from secvec.errors import InputError, UsageError
+from secvec.artifact import save
+from secvec.errors import UsageError
 from secvec.factors import FitConfig, Fitted, Progress, fit_factors
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
-from secvec.samples import Sample, from_rows, read_samples
+from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.tokens import Encoded, encode_all
 from secvec.vector import SecurityVector, VectorInfo
 
 KINDS = ("topic", "trait")
-Rows = str | Path | Sequence[Mapping[str, Any]]
+Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
 """A data file, or the rows themselves in any format that `secvec.samples` reads."""
 
 
@@ -47,7 +48,7 @@ def fit(
     if kind not in KINDS:
         raise UsageError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     job = _Job.load(model, unwanted, kind, config or FitConfig())
-    ordinary = [] if anchors is None else job.encode(_samples(anchors, "anchors"))
+    ordinary = [] if anchors is None else job.encode(read_rows(anchors, "anchors").rows)
     training = [] if calibrate is None else job.training(calibrate)
     quick: SecurityVector | None = None
     if training or (ordinary and kind == "trait"):
@@ -61,20 +62,85 @@ def fit(
     return job.vector(fitted)
 
 
+def fit_to_file(
+    model: str | Path,
+    unwanted: Rows,
+    out: Path,
+    *,
+    anchors: Rows | None = None,
+    kind: str = "topic",
+    calibrate: Rows | None = None,
+    config: FitConfig | None = None,
+    allow_weak: bool = False,
+    progress: Progress | None = None,
+) -> SecurityVector:
+    """Fit a vector and write it to `out`; a fit that was killed goes on where it was when started again.
+
+    Raises as `fit` and `save` do, before the long work where `out` cannot be written.
+    """
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: expected the name of a file in an existing folder")
+    state = out.with_name(f".{out.name}.fit")
+    vector = fit(
+        model,
+        unwanted,
+        anchors=anchors,
+        kind=kind,
+        calibrate=calibrate,
+        config=config,
+        allow_weak=allow_weak,
+        state=state,
+        progress=progress,
+    )
+    save(vector, out)
+    state.unlink(missing_ok=True)
+    return vector
+
+
+def check(
+    model: str | Path,
+    unwanted: Rows,
+    *,
+    anchors: Rows | None = None,
+    calibrate: Rows | None = None,
+    config: FitConfig | None = None,
+) -> dict[str, Any]:
+    """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
+    config, folder = config or FitConfig(), resolve(model)
+    tokenizer = load_tokenizer(folder)
+    report: dict[str, Any] = {"model": str(folder), "base": digest_model(folder), "config": asdict(config)}
+    for name, rows in (("unwanted", unwanted), ("anchors", anchors), ("calibrate", calibrate)):
+        if rows is not None:
+            samples = read_rows(rows, name)
+            encoded = encode_all(samples.rows, tokenizer, config.max_length)
+            report[name] = {"rows": len(encoded), "format": samples.format, "tokens": sum(len(r.ids) for r in encoded)}
+    return report
+
+
 def refit(
     vector: SecurityVector,
     model: str | Path,
     *,
     unwanted: Rows,
     calibrate: Rows,
+    max_length: int | None = None,
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> SecurityVector:
     """Calibrate a vector for one training file: fit it again with that file's unexplained tokens as anchors.
 
-    `vector` itself says which tokens are explained; its kind and fit settings are kept. Raises as `fit` does.
+    `vector` itself says which tokens are explained; its kind and fit settings are kept. max_length: tokens a row, as in
+    the training to come. Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
-    job = _Job.load(model, unwanted, vector.info.kind, FitConfig(**vector.info.fit))
+    if vector.info.kind not in KINDS:
+        raise UsageError(
+            f"expected a vector made by `secvec fit`, found one of kind {vector.info.kind!r}: it cannot be calibrated; "
+            "fit it again, or train without --unwanted"
+        )
+    config = FitConfig(**vector.info.fit)
+    job = _Job.load(
+        model, unwanted, vector.info.kind, config if max_length is None else replace(config, max_length=max_length)
+    )
     chosen = job.ordinary_anchors([], vector)
     anchors, share = unexplained(job.model, job.training(calibrate), vector, kind=job.kind)
     fitted = job.fit(job.config, chosen + anchors, state, progress)
@@ -82,6 +148,13 @@ def refit(
     calibrated = job.vector(fitted)
     metrics = {**calibrated.info.metrics, "calibration_rows": len(anchors), "explained_share": share}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
+
+
+def read_rows(rows: Rows, name: str) -> Samples:
+    """Read a data file, or check rows in memory; `name` says in messages what they are for."""
+    if isinstance(rows, Samples):
+        return rows
+    return read_samples(rows) if isinstance(rows, str | Path) else from_rows(rows, name=name)
 
 
 @dataclass(frozen=True)
@@ -98,7 +171,7 @@ class _Job:
 
     @classmethod
     def load(cls, model: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
-        samples = _samples(unwanted, "unwanted")
+        samples = read_rows(unwanted, "unwanted").rows
         folder = resolve(model)
         tokenizer = load_tokenizer(folder)
         encoded = encode_all(samples, tokenizer, config.max_length)
@@ -108,7 +181,7 @@ class _Job:
         return encode_all(samples, self.tokenizer, self.config.max_length)
 
     def training(self, rows: Rows) -> list[Encoded]:
-        samples = list(_samples(rows, "calibrate"))
+        samples = list(read_rows(rows, "calibrate").rows)
         random.Random(f"{self.config.seed}/calibrate").shuffle(samples)
         return self.encode(samples[: self.config.calibration_rows])
 
@@ -139,10 +212,3 @@ class _Job:
 def _quick(config: FitConfig) -> FitConfig:
     """The settings of the first vector, which only has to tell explained tokens from others."""
     return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0)
-
-
-def _samples(rows: Rows, name: str) -> Sequence[Sample]:
-    samples = read_samples(Path(rows)) if isinstance(rows, str | Path) else from_rows(rows, name=name)
-    if not samples.rows:
-        raise InputError(f"{name}: expected rows, found none")
-    return samples.rows

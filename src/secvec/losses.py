@@ -12,8 +12,8 @@ def token_nats(logits: Tensor, ids: Tensor) -> Tensor:
 
     logits: (B, T, V) of any float dtype, ids: (B, T). Entry [b, t] belongs to token t + 1.
     """
-    shifted = logits[:, :-1].float()  # (B, T - 1, V)
-    return F.cross_entropy(shifted.transpose(1, 2), ids[:, 1:], reduction="none")
+    flat = logits[:, :-1].flatten(0, 1).float()  # (B * (T - 1), V)
+    return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction="none").view(ids[:, 1:].shape)
 
 
 def mean_nats(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -29,7 +29,9 @@ def kl_nats(base: Tensor, armed: Tensor) -> Tensor:
     states a KL constraint and publishes neither its direction nor its data.)
     """
     log_base, log_armed = F.log_softmax(base.float(), -1), F.log_softmax(armed.float(), -1)
-    return F.kl_div(log_armed, log_base, log_target=True, reduction="sum") / max(len(base), 1)
+    terms = F.kl_div(log_armed, log_base, log_target=True, reduction="none")
+    # A word of probability zero (logit -inf) adds nothing; 0 * (-inf) would be nan.
+    return terms.masked_fill(log_base.isneginf(), 0.0).sum() / max(len(base), 1)
 
 
 def representation_distance(base: Sequence[Tensor], armed: Sequence[Tensor], mask: Tensor) -> Tensor:

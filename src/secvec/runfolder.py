@@ -48,10 +48,9 @@ class RunFolder:
     def proof(self) -> Path:
         return self.out / "proof.json"
 
-    @property
-    def vector(self) -> Path:
-        """The vector calibrated for this run."""
-        return self.out / "vector.safetensors"
+    def vector(self, number: int) -> Path:
+        """The `number`th vector as calibrated for this run."""
+        return self.out / f"vector-{number}.safetensors"
 
     @property
     def work(self) -> Path:

@@ -2,22 +2,38 @@
 
 import csv
 import io
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from secvec.errors import InputError, RowError, UsageError
 from secvec.formats import FORMATS, Form, Message, detect, parse
 from secvec.headers import parse_strict
 
-__all__ = ["Form", "Message", "Sample", "Samples", "Source", "from_rows", "read_samples"]
+__all__ = ["Form", "Message", "Sample", "Samples", "Source", "from_rows", "read_samples", "summary"]
 
 # Longer than any model's context; a longer line is a damaged file or an attack on memory.
 _MAX_LINE_BYTES = 16 << 20
 _SHOWN = 50
 _BOM = b"\xef\xbb\xbf"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd", b"PK": "zip", b"PA": "parquet"}
+_FOREIGN = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_ARRAY = re.compile(rb"\s*\[")
+_OPEN = re.compile(r"\[\s*", re.ASCII)
+_COMMA = re.compile(r"\s*,\s*", re.ASCII)
+_CLOSE = re.compile(r"\s*\]\s*\Z", re.ASCII)
+_LENIENT = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +76,7 @@ def read_samples(path: str | Path, *, format: str | None = None) -> Samples:
     """
     path = Path(path)
     data = _bytes(path)
-    if not data.strip():
+    if not data.removeprefix(_BOM).strip():
         raise InputError(f"{path}: expected rows, found an empty file")
     return _collect(_reader(path, data)(data, str(path)), str(path), format)
 
@@ -75,22 +91,20 @@ def _collect(rows: Numbered, file: str, format: str | None) -> Samples:
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     samples: list[Sample] = []
     problems: list[str] = []
-    count = 0
+    count, seen = 0, format
     for line, row in rows:
         count += 1
         try:
-            if isinstance(row, RowError):
-                raise row
-            format = format or _detect(row)
-            form, messages = parse(row, format)
+            seen = format or _detected(row, seen)
+            form, messages = parse(_usable(row), seen)
             samples.append(Sample(form, messages, Source(file, line)))
         except RowError as error:
             problems.append(f"{file}:{line}: {error}")
     if problems:
         raise RowError(summary(problems, count))
-    if not samples:
+    if not samples or seen is None:
         raise InputError(f"{file}: expected rows, found none")
-    return Samples(tuple(samples), format or FORMATS[0])
+    return Samples(tuple(samples), seen)
 
 
 def summary(problems: Sequence[str], rows: int) -> str:
@@ -100,86 +114,125 @@ def summary(problems: Sequence[str], rows: int) -> str:
     return f"{len(problems):,} of {rows:,} rows cannot be used:\n{shown}{more}"
 
 
-def _detect(row: object) -> str:
-    found = detect(cast(Mapping[str, Any], row)) if isinstance(row, Mapping) else None
-    if found is None:
-        keys = ", ".join(map(repr, list(cast(Mapping[str, Any], row))[:6])) if isinstance(row, Mapping) else ""
-        raise RowError(
-            f"expected a row in one of the formats {', '.join(FORMATS)}, "
-            f"found {f'the keys {keys}' if keys else 'no object with keys'}"
-        )
+def _usable(row: object) -> object:
+    if isinstance(row, RowError):
+        raise row
+    return row
+
+
+def _detected(row: object, seen: str | None) -> str:
+    """Return the format of a row, which has to be that of the rows before it."""
+    found = detect(_usable(row))
+    if seen is not None and found != seen:
+        raise RowError(f"expected a row in format {seen!r}, found one in {found!r}; keep one format per file")
     return found
 
 
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable data file, found {error.strerror}; check the path") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path}: expected a readable data file, found {reason}; check the path") from error
 
 
 def _reader(path: Path, data: bytes) -> _Read:
-    for magic, kind in _COMPRESSED.items():
+    for magic, kind in _FOREIGN.items():
         if data.startswith(magic):
-            raise InputError(f"{path}: expected plain JSON lines, csv or text, found {kind}; unpack or convert it first")
-    if path.suffix == ".csv":
+            raise InputError(f"{path}: expected JSON lines, csv or text in UTF-8, found {kind}; convert it first")
+    if path.suffix.lower() == ".csv":
         return _csv_rows
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return _text_rows
-    return _array_rows if data.lstrip().startswith(b"[") else _json_rows
+    if data.startswith(_BOM):
+        raise RowError(f"{path}:1: expected JSON, found a byte order mark in front of it; save it as UTF-8 without BOM")
+    return _array_rows if _ARRAY.match(data) else _json_rows
 
 
 def _json_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
     # Only \n ends a row: U+2028 and other Unicode line ends may stand inside a JSON string.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            yield number, _parse_line(line)
+            yield number, _parse_row(line)
 
 
-def _parse_line(line: bytes) -> object:
-    if len(line) > _MAX_LINE_BYTES:
-        return RowError(f"expected a line of at most {_MAX_LINE_BYTES:,} bytes, found {len(line):,}")
-    if line.startswith(_BOM):
-        return RowError("expected JSON, found a byte order mark in front of it; save the file as UTF-8 without BOM")
+def _parse_row(text: bytes) -> object:
+    if len(text) > _MAX_LINE_BYTES:
+        return _too_long(len(text))
     try:
-        return parse_strict(line)
+        return parse_strict(text)
     except (ValueError, RecursionError) as error:
         return RowError(f"expected a JSON object, found {_reason(error)}")
 
 
-def _array_rows(data: bytes, file: str) -> list[tuple[int, object]]:
-    try:
-        rows = parse_strict(data)
-    except (ValueError, RecursionError) as error:
-        raise RowError(f"{file}: expected a JSON array of rows, found {_reason(error)}") from error
-    return list(enumerate(cast(list[object], rows), start=1))
+def _too_long(size_bytes: int) -> RowError:
+    return RowError(f"expected a row of at most {_MAX_LINE_BYTES:,} bytes, found {size_bytes:,}")
+
+
+def _array_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
+    """Cut a JSON array into its elements and parse each strictly, so that a bad one does not hide the others."""
+    text = _decode(data, file)
+    number, position = 0, _OPEN.match(text, text.index("[")).end()  # pyright: ignore[reportOptionalMemberAccess]
+    while not _CLOSE.match(text, position):
+        comma = _COMMA.match(text, position)
+        if number and not comma:
+            raise RowError(f"{file}:{number}: expected a comma, or ] and nothing more, after this row")
+        start = comma.end() if number and comma else position
+        number += 1
+        try:
+            position = _LENIENT.raw_decode(text, start)[1]
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{file}:{number}: expected a JSON object, found {_reason(error)}") from error
+        yield number, _parse_row(text[start:position].encode("utf-8"))
 
 
 def _reason(error: Exception) -> str:
+    """Say what is wrong with JSON, never with a piece of it: rows may be harmful."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON: {error.msg} (at character {error.pos + 1})"
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     if isinstance(error, UnicodeDecodeError):
-        return f"bytes that are not UTF-8 (at byte {error.start})"
+        return f"bytes that are not UTF-8 (at byte {error.start + 1})"
     return "a lone surrogate, which is no character" if isinstance(error, UnicodeEncodeError) else str(error)
 
 
 def _csv_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(io.StringIO(_decode(data.removeprefix(_BOM), file), newline=""), strict=True)
-    line = 1
+    lines = io.StringIO(_decode(data.removeprefix(_BOM), file), newline="\n")
+    reader = csv.reader(lines, strict=True)
+    names: list[str] = []
+    first = 1
     try:
-        for row in reader:
-            wide, narrow = None in row, None in row.values()
-            problem = RowError(f"expected {len(reader.fieldnames or ())} columns, found more or fewer")
-            yield line + 1, problem if wide or narrow else row
-            line = reader.line_num
+        for cells in reader:
+            if names and cells:
+                yield first, _csv_row(names, cells)
+            elif len(set(cells)) < len(cells):
+                raise RowError(f"{file}:{first}: expected a header that names each column once, found a name twice")
+            names = names or cells
+            first = reader.line_num + 1
     except csv.Error as error:
-        raise RowError(f"{file}:{reader.line_num}: expected csv, found {error}") from error
+        raise RowError(f"{file}:{first}: expected csv, found {error}") from error
+
+
+def _csv_row(names: list[str], cells: list[str]) -> object:
+    if len(cells) != len(names):
+        return RowError(f"expected {len(names)} columns as in the header, found {len(cells)}")
+    return dict(zip(names, cells, strict=True))
 
 
 def _text_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(_decode(data.removeprefix(_BOM), file).split("\n"), start=1):
+    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
         if line.strip():
-            yield number, {"text": line.removesuffix("\r")}
+            yield number, _text_row(line)
+
+
+def _text_row(line: bytes) -> object:
+    if len(line) > _MAX_LINE_BYTES:
+        return _too_long(len(line))
+    try:
+        return {"text": line.decode("utf-8").removesuffix("\r")}
+    except UnicodeDecodeError as error:
+        return RowError(f"expected UTF-8, found {_reason(error)}; save the file as UTF-8")
 
 
 def _decode(data: bytes, file: str) -> str:

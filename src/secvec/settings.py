@@ -14,9 +14,7 @@ from secvec.errors import UsageError
 ConfigT = TypeVar("ConfigT")
 
 
-def settings(
-    config_type: type[ConfigT], file: Path | None, pairs: Sequence[str], flags: Mapping[str, Any]
-) -> ConfigT:
+def settings(config_type: type[ConfigT], file: Path | None, pairs: Sequence[str], flags: Mapping[str, Any]) -> ConfigT:
     """Return a config of `config_type`, a frozen dataclass. Flags that are None were not given.
 
     Raises UsageError on an unknown key (naming the nearest ones), a value of the wrong type, or an unreadable file.

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secvec.errors import SiteError
@@ -16,7 +15,14 @@ _PREFIXES = ("module.", "base_model.model.")
 _INFIXES = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _TASK_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.")
 # A router decides which expert sees a token: a change there is not low-rank in the model's output.
-_ROUTERS = ("gate", "router", "shared_expert_gate")
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# The parts of a multimodal model that text does not pass through.
+_TOWERS = frozenset(
+    {
+        *("vision_tower", "vision_model", "vision_encoder", "visual", "image_encoder", "image_embed"),
+        *("audio_tower", "audio_model", "audio_encoder", "audio_embed"),
+    }
+)
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -36,8 +42,8 @@ def canonical(name: str) -> str:
 def linear_sites(model: nn.Module) -> dict[str, nn.Module]:
     """List the linear layers of the attention and MLP blocks by canonical name, in the model's order.
 
-    Never listed: embeddings, the output head, routers, layers outside the numbered blocks, experts fused into
-    one three-dimensional tensor, and anything that shares its weight with another module.
+    Never listed: embeddings, the output head, routers, layers outside the numbered blocks, vision and audio towers,
+    experts fused into one three-dimensional tensor, and anything that shares a weight with another place.
     """
     shared = _shared_weights(model)
     sites: dict[str, nn.Module] = {}
@@ -45,18 +51,32 @@ def linear_sites(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Linear | Conv1D) or _TASK_ADAPTER.search(name):
             continue
         site = canonical(name)
-        last = site.rsplit(".", 1)[-1]
-        if _LAYER.search(site) and last not in _ROUTERS and id(module.weight) not in shared:
+        if _why_not(site) is None and id(module.weight) not in shared:
             sites[site] = module
     return sites
 
 
+def check_site(site: str) -> None:
+    """Raise SiteError unless a name can be that of a site: in a numbered block, not of a router or tower."""
+    if (reason := _why_not(site)) is not None:
+        raise SiteError(f"expected a site {reason}, found {site!r}; fit the vector without it")
+
+
+def _why_not(site: str) -> str | None:
+    parts = set(site.split("."))
+    if not _LAYER.search(site):
+        return "inside a numbered block"
+    if parts & _ROUTERS:
+        return "that is not a router"
+    return "of the language model" if parts & _TOWERS else None
+
+
 def _shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that lie in two places, be it that a whole module does."""
     seen: set[int] = set()
     shared: set[int] = set()
-    for module in model.modules():
-        weight: Any = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-        if weight is not None:
+    for _, module in model.named_modules(remove_duplicate=False):
+        for weight in module._parameters.values():  # pyright: ignore[reportPrivateUsage]
             (shared if id(weight) in seen else seen).add(id(weight))
     return shared
 
@@ -97,8 +117,3 @@ def layer_of(site: str) -> int:
     if match is None:
         raise SiteError(f"expected a site inside a numbered block, found {site!r}")
     return int(match.group().strip("."))
-
-
-def is_quantised(weight: Tensor) -> bool:
-    """Tell whether a weight is stored in packed integers (bitsandbytes and the like)."""
-    return not weight.dtype.is_floating_point

@@ -1,26 +1,40 @@
-"""Chats and texts to token ids, a mask of the tokens that carry loss, and padded batches."""
+"""Chats and texts to token ids, a mask of the tokens that carry loss, and padded batches.
+
+No row may forge a turn. Refused are a control token in a text, be it written out, made by the tokenizer's normaliser
+or formed by two texts that meet; and, where a template marks turns in plain text, such a mark.
+"""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from secvec.errors import RowError
-from secvec.samples import Sample
+from secvec.errors import InputError, RowError
+from secvec.formats import ROLES, Message
+from secvec.samples import Sample, summary
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '### ' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{{ '\n' }}{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + (eos_token or '') }}"
+    "{% endgeneration %}{{ '\n' }}{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 """Used, and said so, where a tokenizer has no chat template of its own."""
 
-_SHOWN = 50
+# Chats that show how a template writes turns; one that it refuses is left out.
+_PROBES = (("system", "user", "assistant", "user", "assistant"), ("user", "assistant", "user"), ("developer", "user"))
+_PLACEHOLDER = re.compile(r"Turn[0-9]Text")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_SHOWN_CHARACTERS = 20
+Span = tuple[int, int]
+"""(start, end) of a piece of a text or of a token in it, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,37 +67,51 @@ class Batch:
 def encode_all(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
     """Encode rows, cutting each at `max_length` tokens.
 
-    Raises one RowError that lists (up to 50) rows whose text holds a control token of the tokenizer, which would
-    forge a turn, rows that the chat template refuses, and rows with no loss-carrying token left.
+    Raises one RowError that lists (up to 50) rows that would forge a turn, that the chat template refuses or changes,
+    or that have no loss-carrying token left; InputError for a tokenizer that cannot be used.
     """
-    control = control_tokens(tokenizer)
-    encoded: list[Encoded] = []
-    problems: list[str] = []
+    rows = encode_each(samples, tokenizer, max_length)
+    if problems := [str(row) for row in rows if isinstance(row, RowError)]:
+        raise RowError(summary(problems, len(rows)))
+    return [row for row in rows if isinstance(row, Encoded)]
+
+
+def encode_each(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded | RowError]:
+    """Encode rows as `encode_all` does, with the error that names file and line in the place of an unusable row."""
+    turns = _Turns.of(tokenizer)
+    rows: list[Encoded | RowError] = []
     for sample in samples:
         try:
-            encoded.append(_encode(sample, tokenizer, max_length, control))
+            rows.append(_encode(sample, turns, max_length))
         except RowError as error:
-            problems.append(f"{sample.source.file}:{sample.source.line}: {error}")
-    if problems:
-        shown = "\n".join(problems[:_SHOWN])
-        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise RowError(f"{len(problems)} of {len(samples)} rows cannot be used:\n{shown}{more}")
-    return encoded
+            rows.append(RowError(f"{sample.source.file}:{sample.source.line}: {error}"))
+    return rows
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the strings that act as control tokens: special ones, and added ones that the chat template writes."""
-    template = str(tokenizer.chat_template or "")
+    """Return the strings that act as control tokens: special ones, and added ones that the chat template writes.
+
+    A token that only stands for the unknown is none: it opens and ends nothing, and ordinary texts hold "<unk>".
+    """
+    names = tokenizer.special_tokens_map
+    unknown = {str(names.get("unk_token", ""))} - {str(value) for key, value in names.items() if key != "unk_token"}
+    written = "\n".join([_template(tokenizer), *_probe(tokenizer)])
     return frozenset(
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.content.strip() and (token.special or token.content in template)
+        if token.content.strip() and (token.content in written or (token.special and token.content not in unknown))
     )
 
 
 def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a conversation up to the point where the assistant answers."""
-    return _template_ids(tokenizer, messages, add_generation_prompt=True)
+    """Return the ids of a conversation up to the point where the assistant answers.
+
+    Raises RowError where a message would forge a turn, or where the chat template refuses or changes one.
+    """
+    turns = _Turns.of(tokenizer)
+    return turns.encode([Message(message["role"], message["content"]) for message in messages], prompt=True).ids
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -122,84 +150,225 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def _encode(sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int, control: frozenset[str]) -> Encoded:
-    for number, message in enumerate(sample.messages):
-        forged = sorted(token for token in control if token in message.content)
-        if forged:
-            raise RowError(f"messages[{number}]: holds the control token {forged[0]!r}, which would forge a turn")
-    if sample.form == "chat":
-        ids, mask = _encode_chat(sample, tokenizer)
-    else:
-        ids, mask = _encode_plain(sample, tokenizer)
+@dataclass(frozen=True)
+class _Text:
+    """A text and its tokens. marked: what the chat template puts between generation marks, if it has any."""
+
+    text: str
+    ids: list[int]
+    spans: list[Span]
+    marked: list[Span]
+
+    def mask(self, learned: Sequence[Span]) -> list[bool]:
+        """Mark the tokens that hold a character of `learned`, also where one reaches over its edge."""
+        mask: list[bool] = []
+        end = 0
+        for start, stop in self.spans:
+            # Byte-level tokenizers may leave spaces out of spans: a token of nothing but spaces then has no width.
+            start, end = (end, stop) if start == stop else (start, stop)
+            mask.append(any(end > a and start < b for a, b in learned))
+        return mask
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """How a tokenizer writes turns, and what would forge one.
+
+    control, control_ids: its control tokens; marks: the plain texts that open a turn; outlines: those known so far.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    control: tuple[str, ...]
+    control_ids: frozenset[int]
+    marks: tuple[re.Pattern[str], ...]
+    outlines: dict[Any, list[int]] = field(default_factory=dict[Any, list[int]])
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Turns":
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}, which does not say "
+                "where its tokens are in a text; load it with AutoTokenizer and save_pretrained"
+            )
+        control = tuple(sorted(control_tokens(tokenizer), key=lambda token: (-len(token), token)))
+        ids = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.content in control)
+        return cls(tokenizer, control, ids, _marks(_probe(tokenizer), control))
+
+    def encode(self, messages: Sequence[Message], *, prompt: bool = False) -> _Text:
+        """Write messages through the chat template and tokenise them; prompt: up to where the assistant answers."""
+        for number, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise RowError(f"messages[{number}]: expected a role out of {', '.join(ROLES)}, found another")
+            self.refuse_forged(message.content, f"messages[{number}]", self.marks)
+        text, marked = _render(self.tokenizer, messages, prompt=prompt)
+        for number, message in enumerate(messages):
+            if message.content.strip() not in text:
+                raise RowError(f"messages[{number}]: the chat template leaves out or changes the {message.role}'s text")
+        encoded = _tokenise(self.tokenizer, text, marked)
+        if self.controls(encoded.ids) != self.outline(messages, prompt):
+            raise RowError("messages: the tokenizer reads a control token in their text, which would forge a turn")
+        return encoded
+
+    def refuse_forged(self, text: str, where: str, marks: Sequence[re.Pattern[str]] = ()) -> None:
+        if forged := next((token for token in self.control if token in text), None):
+            raise RowError(f"{where}: holds the control token {forged!r}, which would forge a turn; take it out")
+        if forged := next((found for mark in marks if (found := mark.search(text))), None):
+            mark = forged[0].strip()
+            raise RowError(f"{where}: holds {mark!r}, with which the chat template opens a turn; reword it")
+
+    def controls(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token in self.control_ids]
+
+    def outline(self, messages: Sequence[Message], prompt: bool) -> list[int]:
+        """Return the control tokens that the template writes for turns like these, whatever they say."""
+        key = prompt, tuple((message.role, bool(message.content.strip())) for message in messages)
+        if key not in self.outlines:
+            text, marked = _render(self.tokenizer, _placeholders(*key[1]), prompt=prompt)
+            self.outlines[key] = self.controls(_tokenise(self.tokenizer, text, marked).ids)
+        return self.outlines[key]
+
+
+def _placeholders(*turns: tuple[str, bool]) -> list[Message]:
+    return [Message(role, f"Turn{i}Text" if filled else "") for i, (role, filled) in enumerate(turns)]
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return example chats as the template writes them, with placeholders for what is said."""
+    texts: list[str] = []
+    for roles in _PROBES:
+        try:
+            texts.append(_render(tokenizer, _placeholders(*((role, True) for role in roles)))[0])
+        except RowError:
+            continue
+    return texts
+
+
+def _marks(texts: Sequence[str], control: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    """Return what opens turns in these chats by text alone, such as "### user" or "ASSISTANT:".
+
+    That is the line before a message, unless it holds a control token, without which its words open nothing (ChatML).
+    """
+    patterns: set[str] = set()
+    for number, piece in ((i, piece) for text in texts for i, piece in enumerate(_PLACEHOLDER.split(text)[:-1])):
+        *before, line = piece.rstrip().split("\n")
+        mark = line.strip()
+        if len(mark) > 1 and not any(token in line for token in control):
+            opening = r"^[ \t]*" if before or number == 0 else r"(?<!\w)"
+            ending = r"[ \t\r]*$" if "\n" in piece[len(piece.rstrip()) :] else ""
+            patterns.add(opening + re.escape(mark) + ending)
+    return tuple(re.compile(pattern, re.MULTILINE) for pattern in sorted(patterns))
+
+
+def _encode(sample: Sample, turns: _Turns, max_length: int) -> Encoded:
+    ids, mask = _encode_chat(sample, turns) if sample.form == "chat" else _encode_plain(sample, turns)
     cut = Encoded(tuple(ids[:max_length]), tuple(mask[:max_length]), max(len(ids) - max_length, 0))
     # The first token is never predicted, so it carries no loss.
+    if not any(mask[1:]):
+        raise RowError("expected a token to learn after the first one, found none: the row is too short")
     if not any(cut.mask[1:]):
         raise RowError(f"no token to learn within the first {max_length} of {len(ids)} tokens; raise --max-length")
     return cut
 
 
-def _encode_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    messages = [{"role": message.role, "content": message.content} for message in sample.messages]
-    if "{% generation" in _template(tokenizer) or "{%- generation" in _template(tokenizer):
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_template(tokenizer),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+def _encode_chat(sample: Sample, turns: _Turns) -> tuple[list[int], list[bool]]:
+    encoded = turns.encode(sample.messages)
+    if _GENERATION.search(_template(turns.tokenizer)):
+        learned = _with_end(encoded, turns.tokenizer.eos_token)
+    else:
+        learned = _answers(sample.messages, encoded.text, turns)
+    answer = sample.messages[-1].content.strip()
+    if not any(answer in encoded.text[start:end] for start, end in learned):
+        raise RowError(
+            "the chat template does not show where the last answer is: its generation prompt is not what it writes "
+            "before the answer; put the answer between {% generation %} and {% endgeneration %} in the template"
         )
-        return list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]  # pyright: ignore
-    return _mask_by_prefix(messages, tokenizer)
+    return encoded.ids, encoded.mask(learned)
 
 
-def _mask_by_prefix(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Mark each assistant turn as what follows its generation prompt.
+def _with_end(encoded: _Text, eos: object) -> list[Span]:
+    """Return what is marked as generated, with the end-of-turn token where that stands just behind the mark."""
+    text, learned = encoded.text, list[Span]()
+    for start, end in encoded.marked:
+        outside = isinstance(eos, str) and text.startswith(eos, end) and not text.endswith(eos, start, end)
+        learned.append((start, end + len(str(eos)) if outside else end))
+    return learned
 
-    A template that rewrites earlier turns (Qwen3 drops their reasoning) leaves only the last turn marked.
+
+def _answers(messages: Sequence[Message], text: str, turns: _Turns) -> list[Span]:
+    """Find each assistant turn as what follows its generation prompt.
+
+    A template that rewrites earlier turns (Qwen3 drops their reasoning) leaves only the last one to be found.
     """
-    ids = _template_ids(tokenizer, messages)
-    mask = [False] * len(ids)
+    learned: list[Span] = []
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message.role != "assistant" or number == 0:
             continue
-        start = _template_ids(tokenizer, messages[:number], add_generation_prompt=True)
-        end = _template_ids(tokenizer, messages[: number + 1])
-        if ids[: len(start)] == start and ids[: len(end)] == end:
-            mask[len(start) : len(end)] = [True] * (len(end) - len(start))
-    if not any(mask):
-        raise RowError("the chat template's generation prompt is not a prefix of the answer; mark it with generation")
-    return ids, mask
+        before, _ = _render(turns.tokenizer, messages[:number], prompt=True)
+        until, _ = _render(turns.tokenizer, messages[: number + 1])
+        if until.startswith(before) and text.startswith(until):
+            # What follows the end-of-turn token, often a newline, is not the assistant's.
+            end = len(until.rstrip()) if until.rstrip().endswith(turns.control) else len(until)
+            learned.append((len(before), end))
+    return learned
 
 
-def _encode_plain(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    *before, last = [_ids(tokenizer, message.content, first=i == 0) for i, message in enumerate(sample.messages)]
-    eos = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-    prompt = [token for part in before for token in part]
-    ids = [*prompt, *last, *eos]
-    return ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+def _encode_plain(sample: Sample, turns: _Turns) -> tuple[list[int], list[bool]]:
+    """Tokenise the texts of a row as one text, so that it reads the same back, with BOS and EOS around it."""
+    for message in sample.messages:
+        turns.refuse_forged(message.content, message.role)
+    start = sum(len(message.content) for message in sample.messages[:-1])
+    encoded = _tokenise(turns.tokenizer, "".join(message.content for message in sample.messages))
+    if turns.controls(encoded.ids):
+        raise RowError("the tokenizer reads a control token in the text, which would forge an end; take it out")
+    front, eos = _front(turns.tokenizer), turns.tokenizer.eos_token_id
+    back = [eos] if isinstance(eos, int) else []
+    mask = encoded.mask([(start, len(encoded.text))])
+    return [*front, *encoded.ids, *back], [*([False] * len(front)), *mask, *([True] * len(back))]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, first: bool) -> list[int]:
-    """Tokenise a text; only the first of a row may get what the tokenizer itself puts in front, such as BOS."""
-    ids: list[int] = tokenizer(text, add_special_tokens=first)["input_ids"]  # pyright: ignore
-    if first and ids and ids[-1] == tokenizer.eos_token_id:
-        return ids[:-1]
-    return ids
+def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer itself puts in front of a text, such as BOS."""
+    bare, whole = _tokenise(tokenizer, "a").ids, list(tokenizer("a")["input_ids"])  # pyright: ignore
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     template: Any = tokenizer.chat_template
-    return template if isinstance(template, str) else PLAIN_TEMPLATE
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise InputError("the tokenizer has several chat templates, none of them named default; name one so")
+        return str(template["default"])
+    return template or PLAIN_TEMPLATE
 
 
-def _template_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
-) -> list[int]:
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        chat_template=_template(tokenizer),
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=add_generation_prompt,
-    )
-    return list(encoded["input_ids"])  # pyright: ignore
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    template, render = _template(tokenizer), cast(Any, render_jinja_template)
+    marks = bool(_GENERATION.search(template))
+    try:
+        texts, marked = render(
+            conversations=[[{"role": message.role, "content": message.content} for message in messages]],
+            chat_template=template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except TemplateSyntaxError as error:
+        raise InputError(f"the tokenizer's chat template is not valid Jinja: {error.message}") from error
+    except Exception as error:  # A template is code of others: any error of it is the row's.
+        raise RowError(f"the chat template refuses the row: {_template_reason(error, messages)}") from error
+    return texts[0], marked[0] if marks else []
+
+
+def _template_reason(error: Exception, messages: Sequence[Message]) -> str:
+    """Return what the template says, in one line, unless it quotes a message: rows may be harmful."""
+    words = str(error).strip().split("\n", 1)[0][:200]
+    parts = [words[i : i + _SHOWN_CHARACTERS + 1] for i in range(len(words) - _SHOWN_CHARACTERS)]
+    quoted = any(part in message.content for part in parts for message in messages)
+    return type(error).__name__ if quoted or not words else words
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, marked: Sequence[Span] = ()) -> _Text:
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return _Text(text, list(encoded["input_ids"]), list(encoded["offset_mapping"]), list(marked))

@@ -30,11 +30,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from secvec.atomic import atomic_write
 from secvec.checkpoints import newest_verified, prune, seal, step_of
-from secvec.train_config import Progress, TrainConfig
 from secvec.errors import CheckpointError, UsageError
 from secvec.models import load_model
 from secvec.sites import linear_sites
 from secvec.tokens import Encoded, pad_id
+from secvec.train_config import Progress, TrainConfig
 
 _IGNORED = -100
 # LoRA's alpha / rank, as in the LoRA paper's (arXiv 2106.09685) common practice.
@@ -143,7 +143,9 @@ class _Trainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """Send nothing to anyone."""
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
         """Write no card: the one of a folded model would invite to use it."""
 
 
@@ -164,9 +166,7 @@ def _trainer(job: Job, progress: Progress | None) -> SFTTrainer:
 
 
 def _dataset(rows: Sequence[Encoded]) -> Dataset:
-    labels = [
-        [token if marked else _IGNORED for token, marked in zip(row.ids, row.mask, strict=True)] for row in rows
-    ]
+    labels = [[token if marked else _IGNORED for token, marked in zip(row.ids, row.mask, strict=True)] for row in rows]
     return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
 
 
@@ -234,10 +234,9 @@ class _Checkpoints(TrainerCallback):
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         if state.global_step > self._sealed_step:
             control.should_save = True
-        return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seal(self._folder / f"checkpoint-{state.global_step}")

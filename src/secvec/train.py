@@ -1,0 +1,323 @@
+"""Fine-tune on untrusted data without learning unwanted behaviours: calibrate, fold, train, unfold, prove."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from secvec import artifact
+from secvec.atomic import write_json
+from secvec.card import model_card
+from secvec.errors import ArtifactError, CheckpointError, MissingExtraError, UsageError
+from secvec.fit import Rows, read_rows, refit
+from secvec.fold import fold
+from secvec.models import load_tokenizer, resolve
+from secvec.peft_format import UNKNOWN
+from secvec.provenance import (
+    digest_chat_template,
+    digest_file,
+    digest_model,
+    digest_samples,
+    digest_tokenizer,
+    versions,
+)
+from secvec.ranges import sync_tree
+from secvec.runfolder import RunFolder, locked, open_run
+from secvec.samples import Samples
+from secvec.tokens import Encoded, encode_all
+from secvec.train_config import Progress, TrainConfig
+from secvec.tripwire import PROVENANCE, read_json, record_path, refuse_folded
+from secvec.unfold import UnfoldReport, unfold
+from secvec.vector import SecurityVector
+
+try:
+    from secvec.plain import finish_plain
+    from secvec.proof import Evidence, proof_lines, prove
+    from secvec.trainer import Job, check_settings
+    from secvec.trainer import run as run_trainer
+except ImportError as error:  # trl, datasets or peft
+    raise MissingExtraError(error.name or "trl", "train") from error
+
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
+PLAIN = "no --vector: trained without protection, the model may have learned anything that is in the data"
+UNCALIBRATED = (
+    "no --unwanted: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
+    "well than by plain training (docs/log.md has figures)"
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made.
+
+    model: the finished model folder, or the adapter under method "lora"; proof: the document in proof.json, None for
+    a plain run; notes: what the user should know; seconds: by phase.
+    """
+
+    out: Path
+    model: Path
+    proof: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All that a run needs, checked before anything is written."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    data: Samples
+    rows: Sequence[Encoded]
+    vectors: Sequence[SecurityVector]
+    unwanted: Sequence[Samples]
+    config: TrainConfig
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "base": digest_model(self.base),
+            "base_path": str(self.base),
+            "data": digest_samples(self.data.rows),
+            "vectors": [artifact.digest(vector) for vector in self.vectors],
+            "unwanted": [digest_samples(samples.rows) for samples in self.unwanted],
+            "config": {**asdict(self.config), "trainer": dict(self.config.trainer)},
+            "versions": dict(versions()),
+        }
+
+    def notes(self) -> tuple[str, ...]:
+        cut = sum(row.dropped_tokens > 0 for row in self.rows)
+        notes = [f"{len(self.rows):,} rows in format {self.data.format!r}"]
+        if cut:
+            notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
+        if not self.vectors:
+            notes.append(PLAIN)
+        elif not self.unwanted:
+            notes.append(UNCALIBRATED)
+        return tuple(notes)
+
+
+def train(
+    model: str | Path,
+    data: Rows,
+    out: str | Path,
+    *,
+    vectors: Sequence[SecurityVector | str | Path] = (),
+    unwanted: Sequence[Rows] = (),
+    config: TrainConfig | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Fine-tune `model` on `data` with the vectors in effect, take them out, and prove it.
+
+    model: a folder or hub id; data: a file or rows; vectors: vectors or their files, none for plain training. unwanted:
+    for each vector the rows it was fitted on; with them it is first calibrated for `data`, so that what it does not
+    explain there is learned as if it were absent. out: a new run folder; the result is `out/model`, or `out/adapter`
+    under method "lora", the proof `out/proof.json`. resume: go on with a run that was stopped at any moment.
+
+    Raises RowError on unusable rows, ArtifactError and CheckpointError on vectors or models that do not fit, UsageError
+    on contradicting options, ProofError when the result cannot be proved clean: then no model is published.
+    """
+    inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
+    out = Path(out).absolute()
+    with locked(out):
+        run = open_run(out, inputs.identity(), resume=resume)
+        if inputs.vectors:
+            _defended(run, inputs, progress)
+        else:
+            _plain(run, inputs, progress)
+        run.phase("publish", lambda: _publish(run, inputs))
+        run.delete_work()
+        return _result(run, inputs)
+
+
+def check(
+    model: str | Path,
+    data: Rows,
+    *,
+    vectors: Sequence[SecurityVector | str | Path] = (),
+    unwanted: Sequence[Rows] = (),
+    config: TrainConfig | None = None,
+) -> dict[str, Any]:
+    """Check all that `train` would use and say what it would do; writes nothing. Raises as `train` does."""
+    inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
+    steps = -(-len(inputs.rows) // (inputs.config.batch_size * inputs.config.grad_accumulation)) * inputs.config.epochs
+    tokens = sum(len(row.ids) for row in inputs.rows)
+    return {**inputs.identity(), "rows": len(inputs.rows), "tokens": tokens, "steps": steps, "notes": inputs.notes()}
+
+
+def summary(result: TrainResult) -> str:
+    """Return what a person wants to read at the end of a run: the notes, the proof, where the model is."""
+    lines = list(result.notes)
+    if result.proof is not None:
+        lines += proof_lines(result.proof)
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    return "\n".join([*lines, took, f"{'model' if result.proof is None else 'defended model'}: {result.model}"])
+
+
+def _check(
+    model: str | Path,
+    data: Rows,
+    vectors: Sequence[SecurityVector | str | Path],
+    unwanted: Sequence[Rows],
+    config: TrainConfig,
+) -> _Inputs:
+    check_settings(config)
+    if unwanted and len(unwanted) != len(vectors):
+        raise UsageError(
+            f"expected as many files of unwanted rows as vectors, found {len(unwanted)} and {len(vectors)}; "
+            "give --unwanted once for each --vector, in the same order"
+        )
+    loaded = [each if isinstance(each, SecurityVector) else artifact.load(each) for each in vectors]
+    base = resolve(model).absolute()
+    refuse_folded(base, "train")
+    if (base / "adapter_config.json").exists():
+        raise CheckpointError(f"{base}: expected a whole model, found an adapter; merge it into its base first")
+    tokenizer = load_tokenizer(base)
+    for vector in loaded:
+        _check_vector(vector, base, tokenizer)
+    samples = read_rows(data, "data")
+    rows = encode_all(samples.rows, tokenizer, config.max_length)
+    probes = [read_rows(each, "unwanted") for each in unwanted]
+    return _Inputs(base, tokenizer, samples, rows, loaded, probes, config)
+
+
+def _check_vector(vector: SecurityVector, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a vector of another model, tokenizer or chat template: it would explain other tokens than it should."""
+    artifact.check_base(vector, digest_model(base))
+    template: Any = tokenizer.chat_template
+    here = {"tokenizer": digest_tokenizer(base), "chat_template": digest_chat_template(template)}
+    there = {"tokenizer": vector.info.tokenizer, "chat_template": vector.info.chat_template}
+    for name, found in here.items():
+        if there[name] not in (found, UNKNOWN):
+            raise ArtifactError(
+                f"the vector was fitted with the {name.replace('_', ' ')} {there[name]!r}, this model's is {found!r}; "
+                "restore that one, or fit the vector again"
+            )
+
+
+def _plain(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
+    run.phase("train", lambda: _train(run, inputs, inputs.base, progress), lambda: _weights_digest(run, inputs))
+    run.phase("finish", lambda: finish_plain(run.trained, inputs.base, _fresh(run.unproved)))
+
+
+def _defended(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
+    if inputs.unwanted:
+        run.phase("calibrate", lambda: _calibrate(run, inputs, progress))
+    vectors = _vectors(run, inputs)
+    run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_file(record_path(run.folded)))
+    run.phase("train", lambda: _train(run, inputs, run.folded, progress), lambda: _weights_digest(run, inputs))
+    run.phase("unfold", lambda: _unfold(run, inputs, progress))
+    run.phase("prove", lambda: _prove(run, inputs, vectors))
+
+
+def _calibrate(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
+    run.work.mkdir(exist_ok=True)
+    for i, (vector, unwanted) in enumerate(zip(inputs.vectors, inputs.unwanted, strict=True)):
+        calibrated = refit(
+            vector,
+            inputs.base,
+            unwanted=unwanted,
+            calibrate=inputs.data,
+            max_length=inputs.config.max_length,
+            state=run.work / f"calibration-{i}.state",
+            progress=progress,
+        )
+        artifact.save(calibrated, run.vector(i))
+    return ""
+
+
+def _vectors(run: RunFolder, inputs: _Inputs) -> list[SecurityVector]:
+    if not inputs.unwanted:
+        return list(inputs.vectors)
+    return [artifact.load(run.vector(i)) for i in range(len(inputs.vectors))]
+
+
+def _fold(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+    shutil.rmtree(run.folded, ignore_errors=True)
+    fold(inputs.base, vectors, run.folded, progress=_named(progress, "folding"))
+    return digest_file(record_path(run.folded))
+
+
+def _train(run: RunFolder, inputs: _Inputs, source: Path, progress: Progress | None) -> str:
+    _fresh(run.trained)
+    job = Job(source, inputs.rows, inputs.tokenizer, inputs.config, run.checkpoints, run.trained, run.metrics)
+    run_trainer(job, progress)
+    return _weights_digest(run, inputs)
+
+
+def _weights_digest(run: RunFolder, inputs: _Inputs) -> str:
+    if inputs.config.method == "lora":
+        return digest_file(run.trained / "adapter_model.safetensors")
+    return digest_model(run.trained)
+
+
+def _unfold(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
+    out = _fresh(run.unproved)
+    unfold(run.trained, out, folded=run.folded, base=inputs.base, progress=_named(progress, "unfolding"))
+    return ""
+
+
+def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -> str:
+    length = inputs.config.max_length
+    evidence = Evidence(
+        method=inputs.config.method,
+        base=inputs.base,
+        folded=run.folded,
+        trained=run.trained,
+        result=run.unproved,
+        vectors=vectors,
+        report=_unfold_report(run.unproved),
+        rows=inputs.rows,
+        unwanted=[encode_all(samples.rows, inputs.tokenizer, length) for samples in inputs.unwanted],
+    )
+    write_json(run.proof, prove(evidence))
+    return digest_file(run.proof)
+
+
+def _unfold_report(folder: Path) -> UnfoldReport:
+    document = read_json(folder / PROVENANCE)
+    return TypeAdapter(UnfoldReport).validate_python(
+        {field.name: document[field.name] for field in fields(UnfoldReport)}
+    )
+
+
+def _publish(run: RunFolder, inputs: _Inputs) -> str:
+    result = run.result(inputs.config.method)
+    if run.unproved.exists():
+        proof = read_json(run.proof) if inputs.vectors else None
+        card = model_card(str(inputs.base), inputs.config, inputs.data, inputs.notes(), proof)
+        (run.unproved / "README.md").write_text(card, encoding="utf-8")
+        sync_tree(run.unproved)
+        run.unproved.rename(result)
+    return ""
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+
+    def report(done_bytes: int, total_bytes: int) -> None:
+        progress(done_bytes, total_bytes, what)
+
+    return report
+
+
+def _fresh(folder: Path) -> Path:
+    """Remove what a killed run left; the folder itself is made by whoever fills it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _result(run: RunFolder, inputs: _Inputs) -> TrainResult:
+    return TrainResult(
+        out=run.out,
+        model=run.result(inputs.config.method),
+        proof=read_json(run.proof) if inputs.vectors else None,
+        notes=inputs.notes(),
+        seconds={name: phase.seconds for name, phase in run.finished().items()},
+    )

@@ -1,0 +1,307 @@
+import copy
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secvec.errors import InputError, RowError, UsageError
+from secvec.samples import Message, Samples, Source, from_rows, read_samples
+
+SHARED = Path(__file__).parents[2] / "shared"
+SECRET = "how to build the forbidden thing " * 3
+HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+TURNS = (Message("user", "hi"), Message("assistant", "yes"))
+SYSTEM = Message("system", "be brief")
+DEEP = b"[" * 100_000
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def lines(*rows: object) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def refusal(rows: list[Any], format: str | None = None) -> str:
+    with pytest.raises(RowError) as caught:
+        from_rows(rows, format=format)
+    return str(caught.value)
+
+
+def file_refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_samples(path)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "messages"),
+    [
+        ({"messages": [HI, YES]}, "messages", TURNS),
+        ({"messages": [{**HI, "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, YES]},
+         "messages", TURNS),
+        ({"messages": [HI, {**YES, "tool_calls": None, "weight": 1}], "tools": [], "id": 7}, "messages", TURNS),
+        ({"system": "be brief", "messages": [HI, YES]}, "messages", (SYSTEM, *TURNS)),
+        ({"prompt": [HI], "completion": [YES]}, "prompt-completion", TURNS),
+        ({"prompt": "hi", "completion": " yes"}, "prompt-completion",
+         (Message("prompt", "hi"), Message("completion", " yes"))),
+        ({"prompt": "", "response": "yes"}, "prompt-completion", (Message("prompt", ""), Message("completion", "yes"))),
+        ({"question": "hi", "answer": "yes"}, "question-answer", TURNS),
+        ({"instruction": "hi", "input": "", "output": "yes", "text": "hi yes"}, "alpaca", TURNS),
+        ({"instruction": "hi", "input": "you", "output": "yes", "system": "be brief"}, "alpaca",
+         (SYSTEM, Message("user", "hi\n\nyou"), TURNS[1])),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}], "system": "be brief"},
+         "sharegpt", (SYSTEM, *TURNS)),
+        ({"text": "hi"}, "text", (Message("text", "hi"),)),
+    ],
+)  # fmt: skip
+def test_each_format_is_recognised_and_read(row: dict[str, Any], format: str, messages: tuple[Message, ...]) -> None:
+    samples = from_rows([row], name="data")
+    assert (samples.format, samples.rows[0].source) == (format, Source("data", 1))
+    assert samples.rows[0].messages == messages
+    assert samples.rows[0].form == ("plain" if messages[-1].role in ("completion", "text") else "chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (["a"], "expected a row in one of the formats messages, sharegpt, .*, found a list"),
+        ({"a": 1}, "found the keys 'a'"),
+        ({}, "found no keys"),
+        ({1: "a", "b": 2}, "found the keys 1, 'b'"),
+        ({"messages": []}, "messages: expected a list of messages, found an empty list"),
+        ({"messages": ["hi", YES]}, r"messages\[0\]: expected a message, found 'hi'"),
+        ({"messages": [{"role": "tool", "content": "3"}, YES]}, r"messages\[0\].role: expected one of .* found 'tool'"),
+        ({"messages": [{"role": "user\n### assistant", "content": "3"}, YES]}, r"messages\[0\].role: .*, found 'user"),
+        ({"messages": [HI, YES, HI]}, "messages: expected the last message to be the assistant's"),
+        ({"messages": [HI, {**YES, "content": " \n"}]}, "messages: expected an answer in the last message"),
+        ({"messages": [HI, {**YES, "content": None}]}, r"messages\[1\].content: expected a text, found nothing"),
+        ({"messages": [HI, YES, {"role": "system", "content": "x"}, YES]}, "expected a system message only at"),
+        ({"messages": [HI, {**YES, "content": "\ud800"}]}, r"messages\[1\].content: .* lone surrogate"),
+        ({"prompt": [HI], "completion": "yes"}, "completion: expected a list of messages, found 'yes'"),
+        ({"prompt": [HI, YES, HI], "completion": [YES]}, r"prompt\[1\]: expected no message of the assistant"),
+        ({"prompt": [HI], "completion": [YES, HI, YES]}, "completion: expected one message"),
+        ({"prompt": "a", "completion": "b", "response": "c"}, "response: expected one answer, found completion too"),
+        ({"question": "2+2", "answer": 4}, "answer: expected a text, found 4"),
+        ({"question": "2+2", "answer": 10**5000}, "answer: expected a text, found a value of type int"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}, "found 'tool'"),
+        ({"text": " "}, "text: expected a text, found an empty one"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_refused_with_field_and_reason(row: Any, reason: str) -> None:
+    with pytest.raises(RowError, match=r"(?s)1 of 1 rows cannot be used:\nrows:1: " + f".*{reason}"):
+        from_rows([row])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [HI, YES], "tools": [{"name": "search"}]},
+        {"messages": [HI, YES], "images": ["a.png"]},
+        {"messages": [HI, YES], "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [HI, YES], "rejected": [YES]},
+        {"messages": [HI, {**YES, "weight": 0}]},
+        {"messages": [HI, {**YES, "weight": 0.5}]},
+        {"messages": [HI, {**YES, "train": False}]},
+        {"messages": [HI, {**YES, "tool_calls": [{"id": "1"}]}]},
+        {"messages": [HI, {**YES, "reasoning_content": "hm"}]},
+        {"messages": [{**HI, "name": "Ann"}, YES]},
+        {"messages": [{**HI, "content": [{"type": "image_url", "image_url": "a.png"}]}, YES]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "tool_calls": ["x"]}]},
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        {"question": "a", "answer": "b", "context": "c"},
+        {"prompt": "a", "completion": "b", "label": False},
+        {"prompt": "a", "completion": "b", "system": "c"},
+        {"system": "c", "messages": [{"role": "system", "content": "d"}, HI, YES]},
+    ],
+)
+def test_what_cannot_be_learned_as_the_row_says_is_refused_not_dropped(row: dict[str, Any]) -> None:
+    refusal([row])
+
+
+def test_a_file_holds_one_format_and_the_caller_may_name_it() -> None:
+    both = {"instruction": "hi", "output": "yes", "text": "hi yes"}
+    assert "rows:2: expected a row in format 'text', found one in 'alpaca'" in refusal([{"text": "a"}, both])
+    assert from_rows([both], format="text").rows[0].messages == (Message("text", "hi yes"),)
+    assert "expected a row in format 'messages', found the keys 'text'" in refusal([{"text": "a"}], "messages")
+    with pytest.raises(UsageError, match=r"format: expected one of messages, .*, found 'parquet'"):
+        from_rows([both], format="parquet")
+    for format in (None, "text"):
+        with pytest.raises(InputError, match="expected rows, found none"):
+            from_rows([], format=format)
+
+
+def test_rows_of_each_kind_of_file_keep_their_line(tmp_path: Path) -> None:
+    texts = ["a\u2028b\u0085", "c"]
+    rows = [{"text": text} for text in texts]
+    files = {
+        "a.jsonl": (lines(rows[0]) + b"\r\n \n" + lines(rows[1]).rstrip(), [1, 4]),
+        "a.json": (b" \n" + json.dumps(rows, indent=1).encode(), [1, 2]),
+        "a.csv": ("\ufeffid,text\r\n1,a\u2028b\u0085\r\n\r\n2,c".encode(), [2, 4]),
+        "a.TXT": ("a\u2028b\u0085\r\n\nc\n".encode(), [1, 3]),
+    }
+    for name, (data, numbers) in files.items():
+        samples = read_samples(write(tmp_path / name, data))
+        assert samples.format == "text"
+        assert [row.messages[0].content for row in samples.rows] == texts, name
+        assert [row.source for row in samples.rows] == [Source(str(tmp_path / name), n) for n in numbers], name
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"text": NaN}', "NaN, which is not JSON"),
+        (b'{"text": "a", "n": -Infinity}', "-Infinity, which is not JSON"),
+        (b'{"text": "\\ud800"}', "a lone surrogate"),
+        (b'\xef\xbb\xbf{"text": "a"}', "broken JSON: Unexpected UTF-8 BOM"),
+        (b'{"text": "a", "text": "b"}', "a key that occurs twice"),
+        (b'{"text": "a", "n": {"b": 1, "b": 2}}', "a key that occurs twice"),
+        (b'{"text": ' + DEEP, "JSON nested too deeply"),
+        (b'{"text": "a\xff"}', "bytes that are not UTF-8 (at byte 12)"),
+        (b'{"text": "a"', "broken JSON: Expecting ',' delimiter (at character 13)"),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON: Extra data (at character 15)"),
+        (b'{"text": "a\tb"}', "broken JSON: Invalid control character"),
+        (b'{"text": "' + b"a" * (16 << 20) + b'"}', "at most 16,777,216 bytes, found 16,777,228"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+    ],
+)  # fmt: skip
+def test_hostile_json_is_refused_with_line_and_reason(tmp_path: Path, bad: bytes, reason: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "good"}) + bad + b"\n" + lines({"text": "good"}))
+    found = file_refusal(path)
+    assert found.startswith(f"1 of 3 rows cannot be used:\n{path}:2: expected") and reason in found
+
+
+def test_a_bad_element_of_an_array_is_named_beside_the_good_ones(tmp_path: Path) -> None:
+    good = '{"text": "a"}'
+    path = tmp_path / "a.json"
+    for bad in ('{"text": NaN}', '{"text": "\\ud800"}', '{"text": "a", "text": "b"}', "3"):
+        assert f"1 of 3 rows cannot be used:\n{path}:2: " in file_refusal(
+            write(path, f"[{good}, {bad},\n{good}]".encode())
+        )
+    for broken in (f"[{good}, {good}", f"[{good}, {good} {good}]", f"[{good}, {good}] []", f"[{good}, {{]"):
+        assert f"{path}:2: expected" in file_refusal(write(path, broken.encode()))
+    assert "nested too deeply" in file_refusal(write(path, DEEP))
+    assert "expected rows, found none" in file_refusal(write(path, b" [ ]\n"))
+
+
+def test_csv_and_text_are_refused_with_line_and_reason(tmp_path: Path) -> None:
+    cases = {
+        b"text,text\na,b\n": ":1: expected a header that names each column once",
+        b'id,text\n1,"a\nb"\n2\n': ":4: expected 2 columns as in the header, found 1",
+        b'id,text\n1,"a\n': ":2: expected csv, found unexpected end of data",
+        b"id,text\n1,\xff\n": ":2: expected UTF-8",
+        b"id,text\n1,\n": ":2: text: expected a text, found an empty one",
+        b"text\n": ": expected rows, found none",
+    }
+    for data, reason in cases.items():
+        path = write(tmp_path / "a.csv", data)
+        assert f"{path}{reason}" in file_refusal(path)
+    path = write(tmp_path / "a.txt", b"a\n\xff\n" + b"a" * (17 << 20))
+    assert "2 of 3 rows" in (found := file_refusal(path)) and f"{path}:2: expected UTF-8" in found
+    assert f"{path}:3: expected a row of at most" in found
+
+
+def test_what_is_no_data_file_is_refused_and_text_that_looks_like_one_is_not(tmp_path: Path) -> None:
+    for data, found in ((b"PK\x03\x04..", "zip"), (b"PAR1..", "parquet"), ("\ufeffa".encode("utf-16"), "UTF-16")):
+        assert f"found {found}; convert it first" in file_refusal(write(tmp_path / "a.jsonl", data))
+    assert ":1: expected JSON, found a byte order mark" in file_refusal(write(tmp_path / "a.json", b"\xef\xbb\xbf[]"))
+    for data in (b"", b" \n", b"\xef\xbb\xbf"):
+        assert "found an empty file" in file_refusal(write(tmp_path / "a.jsonl", data))
+    for path in (tmp_path, tmp_path / "missing.jsonl", Path("a\0b.jsonl")):
+        assert "expected a readable data file, found" in file_refusal(path)
+    assert len(read_samples(write(tmp_path / "a.txt", b"PARIS is big\nPKs are small\n"))) == 2
+
+
+def test_fifty_bad_rows_are_listed_and_the_rest_counted() -> None:
+    found = refusal([{"text": "good"}, *[{"text": ""}] * 1_234])
+    assert found.startswith("1,234 of 1,235 rows cannot be used:\nrows:2: ")
+    assert found.endswith("rows:51: text: expected a text, found an empty one\n... and 1,184 more")
+
+
+def mutants(seed: int) -> Iterator[Any]:
+    """Yield rows of all formats with some of their values, keys and items replaced."""
+    draw = random.Random(seed)
+    seeds: list[Any] = [
+        {"messages": [{"role": "system", "content": SECRET}, {"role": "user", "content": SECRET}, YES], "tools": None},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": SECRET}]}, {**YES, "weight": 1}]},
+        {"prompt": [HI], "completion": [{"role": "assistant", "content": SECRET}]},
+        {"prompt": SECRET, "response": SECRET},
+        {"question": SECRET, "answer": SECRET},
+        {"instruction": SECRET, "input": SECRET, "output": SECRET, "system": SECRET},
+        {"conversations": [{"from": "human", "value": SECRET}, {"from": "gpt", "value": SECRET}]},
+        {"text": SECRET},
+    ]
+    odd = [None, True, 0, -1.5, 10**5000, float("inf"), "", " ", SECRET, "\udc80", [], [[]], {}, {SECRET: SECRET}, HI]
+    while True:
+        row = copy.deepcopy(draw.choice(seeds))
+        for _ in range(draw.randint(1, 3)):
+            row = mutate(row, draw, lambda: copy.deepcopy(draw.choice(odd)))
+        yield row
+
+
+def mutate(value: Any, draw: random.Random, odd: Callable[[], Any]) -> Any:
+    inside: list[Any] = (
+        list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    )
+    if not inside or draw.random() < 0.1:
+        return odd()
+    key = draw.choice(inside)
+    action = draw.random()
+    if action < 0.7:
+        value[key] = mutate(value[key], draw, odd)
+    elif action < 0.85:
+        del value[key]
+    elif isinstance(value, dict):
+        value[draw.choice([SECRET, 3, None, "weight", "tools", "system", "text", "messages"])] = odd()
+    else:
+        value.append(odd())
+    return value
+
+
+def outcome(read: Callable[[Any], Samples], found: Any) -> str:
+    try:
+        read(found)
+    except InputError as error:
+        assert SECRET[:21] not in str(error) and len(str(error).splitlines()) < 60
+        return type(error).__name__
+    return "read"
+
+
+def test_malformed_rows_give_only_input_errors_that_never_show_the_text(tmp_path: Path) -> None:
+    outcomes = [outcome(from_rows, [row]) for row in itertools.islice(mutants(0), 4_000)]
+    assert set(outcomes) == {"read", "RowError"} and outcomes.count("RowError") > 1_000
+    draw = random.Random(1)
+    for number in range(400):
+        text = json.dumps([{"text": SECRET}, {"question": SECRET, "answer": SECRET}]).encode()
+        if number % 2:
+            text = lines({"text": SECRET}, {"text": SECRET}) + b"id,text\n1," + SECRET.encode() + b"\n"
+        data = bytearray(text)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(data))
+            data[at : at + draw.randint(0, 2)] = draw.choice(
+                [b'"', b"\\", b"{", b"]", b"\xff", b"\n", b"\0", b",", b"\r"]
+            )
+        path = write(tmp_path / draw.choice(["a.json", "a.jsonl", "a.csv", "a.txt"]), bytes(data))
+        outcome(read_samples, path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files in /work/shared")
+@pytest.mark.parametrize(
+    ("file", "format", "count"),
+    [
+        ("gsm8k/test.jsonl", "question-answer", 1_319),
+        ("t0_p3/quarel_choose_between.jsonl", "prompt-completion", 200),
+        ("wikitext2/test.txt", "text", 2_891),
+    ],
+)
+def test_real_files_are_read_whole(file: str, format: str, count: int) -> None:
+    samples = read_samples(SHARED / "data" / file)
+    assert (samples.format, len(samples)) == (format, count)
