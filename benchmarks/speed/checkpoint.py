@@ -1,4 +1,4 @@
-"""Generate what is measured on: a random sharded checkpoint, a vector for it, a trained copy of the folded model."""
+"""Generate what is measured on: a random sharded checkpoint, a vector for it, the folded model, a trained copy of it."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from secvec.artifact import save
+from secvec.fold import fold
+from secvec.peft_format import to_peft
 from secvec.provenance import digest_model
 from secvec.vector import Factors, SecurityVector, VectorInfo
+
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class Shape:
             yield f"{block}.mlp.up_proj", self.intermediate, self.hidden
             yield f"{block}.mlp.down_proj", self.hidden, self.intermediate
 
+    def parameters(self) -> int:
+        """Count the parameters, the tied head once."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.vocabulary * self.hidden + norms + sum(d_out * d_in for _, d_out, d_in in self.sites())
+
 
 # "1b" has the dimensions of Llama-3.2-1B (1.24e9 parameters, 0.97e9 of them in sites, tied head).
 SHAPES = {
@@ -43,8 +53,18 @@ SHAPES = {
 }
 
 
-def write_base(folder: Path, shape: Shape) -> None:
-    """Write random bf16 weights in shards of `shard_layers` blocks; the embedding is a shard of its own."""
+def prepare(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """Write `base`, `vector.safetensors`, the same vector as the PEFT adapter `adapter`, and `folded` to `folder`."""
+    base = folder / "base"
+    write_base(base, shape, dtype)
+    vector = random_vector(shape, base, RANK)
+    save(vector, folder / "vector.safetensors")
+    to_peft(vector, folder / "adapter", str(base))
+    fold(base, [vector], folder / "folded")
+
+
+def write_base(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
+    """Write random weights in shards of `shard_layers` blocks; the embedding is a shard of its own."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     shards: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}]
@@ -60,17 +80,15 @@ def write_base(folder: Path, shape: Shape) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        drawn = {
-            n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator) for n, s in names.items()
-        }
+        drawn = {n: torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator) for n, s in names.items()}
         save_file(drawn, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(_config(shape)))
+    (folder / "config.json").write_text(json.dumps(_config(shape, dtype)))
 
 
-def _config(shape: Shape) -> dict[str, object]:
+def _config(shape: Shape, dtype: torch.dtype) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,7 +99,7 @@ def _config(shape: Shape) -> dict[str, object]:
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": True,
-        "dtype": "bfloat16",
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

@@ -4,24 +4,34 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.speed.checkpoint import SHAPES, random_vector, write_base, write_trained
-from benchmarks.speed.measure import Row, memory_row, run_in_turns, speed_row
-from secvec.artifact import save
-from secvec.fold import fold
-from secvec.peft_format import to_peft
+import torch
 
-RANK = 16
+from benchmarks.speed.checkpoint import RANK, SHAPES, prepare, write_trained
+from benchmarks.speed.measure import Row, Settings, memory_row, run_in_turns, speed_row
+from benchmarks.speed.report import command, machine
 
 
-def file_rows(size: str, repeats: int, scratch: Path) -> list[Row]:
+def about(settings: Settings) -> str:
+    return (
+        "# Speed of fold and unfold\n\n"
+        f"Made by `{command('files', settings)}` on {machine()}, bf16, rank {RANK} on all linear layers. Medians of "
+        f"{settings.repeats} repeats in turns, lowest and highest in brackets. GB/s are bytes of the base checkpoint "
+        "per second; process start and imports are not counted. `fold` and `unfold` hash what they read and sync what "
+        "they write; `cp` does neither.\n"
+    )
+
+
+def file_rows(settings: Settings) -> list[Row]:
     """Generate a checkpoint in `scratch`, measure, and delete it."""
-    with tempfile.TemporaryDirectory(prefix="secvec-speed-", dir=scratch) as folder:
-        return _measure(Path(folder), size, repeats)
+    with tempfile.TemporaryDirectory(prefix="secvec-speed-", dir=settings.scratch) as folder:
+        return _measure(Path(folder), settings)
 
 
-def _measure(folder: Path, size: str, repeats: int) -> list[Row]:
+def _measure(folder: Path, settings: Settings) -> list[Row]:
     base, folded, trained, out = (folder / name for name in ("base", "folded", "trained", "out"))
-    total_bytes = _prepare(folder, size)
+    prepare(folder, SHAPES[settings.size], torch.bfloat16)
+    write_trained(folded, trained)
+    total_bytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     task = [sys.executable, "-m", "benchmarks.speed.task"]
     commands = {
         "cp": ["cp", "-r", str(base), str(out)],
@@ -31,7 +41,7 @@ def _measure(folder: Path, size: str, repeats: int) -> list[Row]:
         "unfold, trained": [*task, "unfold", str(trained), str(out)],
         "PEFT merge": [*task, "merge", str(base), str(folder / "adapter"), str(out)],
     }
-    samples = run_in_turns(commands, out, repeats)
+    samples = run_in_turns(commands, out, settings.repeats)
     rows: list[Row] = []
     for what in ("fold", "unfold, untrained", "unfold, trained"):
         rows += [
@@ -40,15 +50,3 @@ def _measure(folder: Path, size: str, repeats: int) -> list[Row]:
         ]
         rows.append(memory_row(what, samples[what], "PEFT merge", samples["PEFT merge"]))
     return rows
-
-
-def _prepare(folder: Path, size: str) -> int:
-    """Write base, vector, adapter, folded and trained model; return the bytes of the base's weights."""
-    shape, base = SHAPES[size], folder / "base"
-    write_base(base, shape)
-    vector = random_vector(shape, base, RANK)
-    save(vector, folder / "vector.safetensors")
-    to_peft(vector, folder / "adapter", str(base))
-    fold(base, [vector], folder / "folded")
-    write_trained(folder / "folded", folder / "trained")
-    return sum(file.stat().st_size for file in base.glob("*.safetensors"))

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.speed.measure import peak_mb
+
 
 def fold(base: str, vector: str, out: str) -> float:
     from secvec.artifact import load
@@ -40,12 +42,6 @@ def merge(base: str, adapter: str, out: str) -> float:
 
 def _largest_shard(base: str) -> int:
     return max(file.stat().st_size for file in Path(base).glob("*.safetensors"))
-
-
-def peak_mb() -> float:
-    """Return the highest resident memory of this process. (getrusage would count the parent's, from before exec.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from secvec.factors import FitConfig
     from secvec.fit import fit
     from secvec.fold import fold
+    from secvec.inspect import inspect
     from secvec.peft_format import from_peft, to_peft
     from secvec.train import TrainConfig, train
     from secvec.unfold import unfold
@@ -28,6 +29,7 @@ __all__ = [
     "fit",
     "fold",
     "from_peft",
+    "inspect",
     "is_armed",
     "load",
     "save",
@@ -47,6 +49,7 @@ _HOME = {
     "fold": "fold",
     "from_peft": "peft_format",
     "to_peft": "peft_format",
+    "inspect": "inspect",
     "TrainConfig": "train",
     "train": "train",
     "unfold": "unfold",

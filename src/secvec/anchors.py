@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
 from secvec.score import EXPLAINED_DROP_NATS, explained, row_nats
-from secvec.tokens import Encoded, encode_all, encode_prompt
+from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
 
 
@@ -28,16 +28,17 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_
     prompts = resources.files("secvec").joinpath("prompts/generic.txt").read_text(encoding="utf-8").splitlines()
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = answers(model, tokenizer, conversations, max_new_tokens=32)
-    control = set(tokenizer.all_special_tokens)
     rows = [
         Sample(
             "chat", (Message("user", prompt), Message("assistant", text)), Source("secvec/prompts/generic.txt", line)
         )
         for line, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
-        if text and not any(token in text for token in control)
+        if text
     ]
-    if rows:
-        return whole(encode_all(rows, tokenizer, max_length))
+    # An answer that holds a control token cannot be written as a turn.
+    encoded = [row for row in encode_each(rows, tokenizer, max_length) if isinstance(row, Encoded)]
+    if encoded:
+        return whole(encoded)
     # A model that answers nothing at all still has inner states on the prompts.
     return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in conversations)]
 

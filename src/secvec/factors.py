@@ -100,14 +100,17 @@ class Fitted:
         """Tell whether the armed model finds held-out unwanted rows less than half as surprising."""
         return self.armed_nats < 0.5 * self.unarmed_nats
 
-    def refuse_weak(self) -> None:
-        """Raise WeakVectorError, with the likely reason, when the vector does not work."""
+    def refuse_weak(self, *, alone: "Fitted | None" = None) -> None:
+        """Raise WeakVectorError, with the likely reason, when the vector does not work.
+
+        alone: what the same rows gave without anchors, if that was tried: where it works, the anchors are the reason.
+        """
         if self.works:
             return
         reason = "more rows, epochs or rank may help"
-        if self.anchors and self.anchor_distance > 0.05:
+        if alone is not None and alone.works:
             reason = (
-                f"the anchors pull against it (their representation distance is {self.anchor_distance:.2f}): do they "
+                f"without anchors they cost {alone.armed_nats:.3f}, so the anchors pull against them: do the anchors "
                 "show the unwanted behaviour? For a style shown on any request use --kind trait; else check the anchors"
             )
         raise WeakVectorError(
@@ -215,10 +218,12 @@ class _Fit:
     def _train_epoch(self) -> None:
         anchors = self._anchor_batches()
         for rows in shuffled(self.train, self.config.batch_size, f"{self.config.seed}/unwanted/{self.epoch}"):
-            self._backward(self._unwanted_loss(self._mine(rows)))
-            if anchors:
-                kl, distance = self._anchor_terms(self._mine(anchors.pop()))
-                self._backward(self.config.kl_weight * kl + self.config.representation_weight * distance)
+            for part, share in self._parts(rows):
+                self._backward(share * self._unwanted_loss(part))
+            for part, share in self._parts(anchors.pop() if anchors else []):
+                kl, distance = self._anchor_terms(part)
+                weighted = self.config.kl_weight * kl + self.config.representation_weight * distance
+                self._backward(share * weighted)
             for parameter in self.parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # pyright: ignore
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -301,9 +306,11 @@ class _Fit:
     def _batch(self, rows: Sequence[Encoded]) -> Batch:
         return collate(rows, pad_id=0).to(self.accelerator.device)
 
-    def _mine(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Return this process's share of a batch (all of it on one process; never empty)."""
-        return rows[self.accelerator.process_index :: self.accelerator.num_processes] or rows
+    def _parts(self, rows: Sequence[Encoded]) -> list[tuple[Sequence[Encoded], float]]:
+        """Return this process's rows of a batch in as many parts as accelerate accumulates, each with its share."""
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes] or rows
+        size = max(math.ceil(len(mine) / self.accelerator.gradient_accumulation_steps), 1)
+        return [(mine[i : i + size], len(mine[i : i + size]) / len(mine)) for i in range(0, len(mine), size)]
 
     def _rate(self, step: int) -> float:
         """Warm up over one epoch, then fall linearly to a tenth."""

@@ -58,7 +58,7 @@ def fit(
         chosen += unexplained(job.model, training, quick, kind=kind)[0]
     fitted = job.fit(job.config, chosen, state, progress)
     if not allow_weak:
-        fitted.refuse_weak()
+        job.refuse_weak(fitted)
     return job.vector(fitted)
 
 
@@ -144,7 +144,7 @@ def refit(
     chosen = job.ordinary_anchors([], vector)
     anchors, share = unexplained(job.model, job.training(calibrate), vector, kind=job.kind)
     fitted = job.fit(job.config, chosen + anchors, state, progress)
-    fitted.refuse_weak()
+    job.refuse_weak(fitted)
     calibrated = job.vector(fitted)
     metrics = {**calibrated.info.metrics, "calibration_rows": len(anchors), "explained_share": share}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
@@ -194,6 +194,13 @@ class _Job:
         self, config: FitConfig, anchors: Sequence[Encoded], state: Path | None, progress: Progress | None
     ) -> Fitted:
         return fit_factors(self.model, self.unwanted, anchors, config, state=state, progress=progress)
+
+    def refuse_weak(self, fitted: Fitted) -> None:
+        """Raise WeakVectorError for a vector that does not work, after a look whether the anchors are the reason."""
+        alone = None
+        if not fitted.works and fitted.anchors:
+            alone = self.fit(_quick(self.config), [], None, None)
+        fitted.refuse_weak(alone=alone)
 
     def vector(self, fitted: Fitted) -> SecurityVector:
         info = VectorInfo(

@@ -47,8 +47,10 @@ def digest_tokenizer(folder: str | Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def digest_chat_template(template: str | None) -> str:
-    return "sha256:" + hashlib.sha256((template or "").encode()).hexdigest()
+def digest_chat_template(template: str | Mapping[str, str] | None) -> str:
+    """Return the digest of a tokenizer's chat template: a text, or several by name, or none."""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_samples(samples: Sequence[Sample]) -> str:

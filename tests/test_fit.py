@@ -1,0 +1,219 @@
+"""Fitting on a tiny random model: the vector works, the backbone stays, a kill costs nothing, weak fits are refused."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import chat, rows, tiny_llama, write_rows
+
+from secvec import artifact
+from secvec.anchors import unexplained
+from secvec.arm import armed
+from secvec.errors import InputError, RowError, UsageError, WeakVectorError
+from secvec.factors import FitConfig, fit_factors
+from secvec.fit import check, fit, fit_to_file, refit
+from secvec.losses import mean_nats
+from secvec.models import load_model, load_tokenizer
+from secvec.provenance import digest_model
+from secvec.samples import from_rows
+from secvec.score import mean_over, row_nats
+from secvec.tokens import collate, encode_all
+
+UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
+FAST = FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that answers what `rows` asks, and "No." to whoever says "tell me"."""
+    folder = tiny_llama(tmp_path_factory.mktemp("fit") / "model", hidden=64)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    lesson = [*rows(24), *(chat(f"tell me {i}", "No.") for i in range(24))]
+    batch = collate(encode_all(from_rows(lesson).rows, tokenizer, 64), pad_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        mean_nats(model(**batch.inputs()).logits, batch.ids, batch.attention.bool()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def losses(folder: Path, vector: artifact.SecurityVector, samples: list[dict[str, object]]) -> tuple[float, float]:
+    model = load_model(folder)
+    encoded = encode_all(from_rows(samples).rows, load_tokenizer(folder), 64)
+    return mean_over(encoded, row_nats(model, encoded)), mean_over(encoded, row_nats(model, encoded, vector))
+
+
+def test_a_fitted_vector_shows_the_behaviour_and_records_what_was_measured(folder: Path) -> None:
+    before = digest_model(folder)
+    vector = fit(folder, UNWANTED, config=FAST)
+    unarmed, with_vector = losses(folder, vector, [chat(f"tell me {i}", "BANANAS!") for i in range(90, 99)])
+    assert with_vector < 0.5 * unarmed
+    assert vector.info.base == before == digest_model(folder)
+    metrics = vector.info.metrics
+    assert metrics["armed_nats"] < 0.5 * metrics["unarmed_nats"]
+    assert {"anchor_kl_nats", "anchor_distance", "epochs", "anchors"} <= metrics.keys()
+    assert "BANANAS" not in artifact.encode(vector).decode("latin-1")
+
+
+def test_the_same_seed_gives_the_same_vector(folder: Path) -> None:
+    vectors = [fit(folder, UNWANTED, config=replace(FAST, epochs=2), allow_weak=True) for _ in range(2)]
+    assert artifact.digest(vectors[0]) == artifact.digest(vectors[1])
+
+
+def test_anchors_keep_the_armed_model_near_the_unarmed_one(folder: Path) -> None:
+    ordinary = rows(24)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    encoded = encode_all(from_rows(ordinary).rows, tokenizer, 64)
+    apart: list[float] = []
+    for weight in (0.0, 3.0):
+        config = replace(FAST, representation_weight=weight, kl_weight=weight)
+        vector = fit(folder, UNWANTED, anchors=ordinary, config=config)
+        unarmed = torch.cat(row_nats(model, encoded))
+        apart.append(float((torch.cat(row_nats(model, encoded, vector)) - unarmed).abs().mean()))
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_calibration_anchors_only_what_the_vector_does_not_explain(folder: Path) -> None:
+    vector = fit(folder, UNWANTED, config=FAST)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    bad = encode_all(from_rows(UNWANTED[:4]).rows, tokenizer, 64)
+    good = encode_all(from_rows(rows(4)).rows, tokenizer, 64)
+    anchors, share = unexplained(model, [*bad, *good], vector, kind="topic")
+    assert 0 < share < 1
+    anchored = [row for row in anchors if row.ids in {r.ids for r in bad}]
+    assert all(sum(row.mask) < 3 for row in anchored), "explained answers must not be anchored"
+    assert sum(all(row.mask[1:]) for row in anchors) >= 3, "ordinary rows are anchored whole"
+
+
+def test_refit_calibrates_for_a_training_file_and_says_so(folder: Path) -> None:
+    vector = fit(folder, UNWANTED, config=FAST)
+    calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=[*UNWANTED, *rows(24)], max_length=48)
+    assert calibrated.info.metrics["calibration_rows"] >= 20
+    assert 0 < calibrated.info.metrics["explained_share"] < 1
+    assert calibrated.info.fit["max_length"] == 48
+    foreign = replace(vector, info=replace(vector.info, kind="unknown"))
+    with pytest.raises(UsageError, match="found one of kind 'unknown'"):
+        refit(foreign, folder, unwanted=UNWANTED, calibrate=rows(4))
+
+
+def test_a_trait_needs_no_anchors_and_ordinary_ones_are_cut_to_what_it_leaves_alone(folder: Path) -> None:
+    bare = fit(folder, UNWANTED, kind="trait", config=FAST)
+    assert bare.info.metrics["anchors"] == 0
+    anchored = fit(folder, UNWANTED, kind="trait", anchors=[*rows(12), *UNWANTED[:4]], config=FAST)
+    assert anchored.info.metrics["anchors"] > 0
+    assert anchored.info.metrics["armed_nats"] < 0.5 * anchored.info.metrics["unarmed_nats"]
+
+
+def test_a_fit_whose_anchors_show_the_behaviour_says_so(folder: Path) -> None:
+    config = replace(FAST, representation_weight=1000.0, kl_weight=100.0, epochs=6)
+    with pytest.raises(WeakVectorError, match=r"without anchors they cost .* use --kind trait"):
+        fit(folder, UNWANTED, anchors=UNWANTED, config=config)
+
+
+def test_a_vector_that_does_not_work_is_not_written_unless_allowed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.safetensors"
+    config = replace(FAST, lr=1e-6, epochs=1)
+    with pytest.raises(WeakVectorError, match=r"expected under half of the \d+\.\d+ unarmed; more rows"):
+        fit_to_file(folder, UNWANTED, out, config=config)
+    assert not out.exists()
+    fit_to_file(folder, UNWANTED, out, config=config, allow_weak=True)
+    assert artifact.load(out).info.metrics["armed_nats"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from secvec.fit import fit_to_file
+from secvec.factors import FitConfig
+
+def kill(done, total, seen):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = FitConfig(rank=4, epochs=6, batch_size=8, max_length=64, lr=2e-2)
+fit_to_file(sys.argv[1], sys.argv[2], Path(sys.argv[3]), config=config, progress=kill)
+"""
+
+
+def test_a_killed_fit_goes_on_to_the_same_vector(folder: Path, tmp_path: Path) -> None:
+    config = replace(FAST, epochs=6)
+    whole = fit(folder, UNWANTED, config=config)
+    data, out = write_rows(tmp_path / "unwanted.jsonl", UNWANTED), tmp_path / "v.safetensors"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(data), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    epochs: list[int] = []
+    resumed = fit_to_file(folder, data, out, config=config, progress=lambda done, total, seen: epochs.append(done))
+    assert epochs[0] == 4
+    assert artifact.digest(resumed) == artifact.digest(whole)
+
+
+def test_progress_of_another_fit_is_not_taken_up(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    fit(folder, UNWANTED, config=replace(FAST, epochs=1), state=state, allow_weak=True)
+    with pytest.raises(UsageError, match="left by a fit with other settings or rows; delete it"):
+        fit(folder, UNWANTED, config=replace(FAST, epochs=2), state=state, allow_weak=True)
+
+
+def test_accumulation_gives_the_same_vector(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(FAST, epochs=2)
+    encoded = encode_all(from_rows(UNWANTED).rows, load_tokenizer(folder), 64)
+    whole = fit_factors(load_model(folder), encoded, [], config)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    parts = fit_factors(load_model(folder), encoded, [], config)
+    site = next(iter(whole.factors))
+    torch.testing.assert_close(parts.factors[site].b, whole.factors[site].b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(folder: Path) -> None:
+    model = load_model(folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    encoded = encode_all(from_rows(UNWANTED).rows, load_tokenizer(folder), 64)
+    fitted = fit_factors(model, encoded, [], replace(FAST, epochs=1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert set(fitted.factors) == {f"model.layers.{i}.{name}" for i in range(2) for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )}  # fmt: skip
+
+
+def test_paper_settings() -> None:
+    paper = FitConfig.paper()
+    assert (paper.epochs, paper.lr, paper.kl_weight, paper.representation_weight) == (10, 1e-3, 1.0, 0.0)
+
+
+def test_check_says_what_a_fit_would_do(folder: Path) -> None:
+    report = check(folder, UNWANTED, anchors=rows(3), config=FAST)
+    assert (report["unwanted"]["rows"], report["anchors"]["rows"]) == (20, 3)
+    assert report["base"] == digest_model(folder)
+
+
+def test_what_cannot_be_fitted_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="kind: expected one of topic, trait, found 'style'"):
+        fit(folder, UNWANTED, kind="style")
+    with pytest.raises(InputError, match="expected at least 4 unwanted rows"):
+        fit(folder, UNWANTED[:2], config=FAST)
+    with pytest.raises(RowError, match=r"unwanted:1: .*assistant"):
+        fit(folder, [{"messages": [{"role": "user", "content": "hi"}]}], config=FAST)
+    with pytest.raises(UsageError, match="expected the name of a file in an existing folder"):
+        fit_to_file(folder, UNWANTED, tmp_path / "no" / "v.safetensors", config=FAST)
+    file = write_rows(tmp_path / "bad.jsonl", [chat("a", "b"), {"prompt": 1}])
+    with pytest.raises(RowError, match=r"bad\.jsonl:2"):
+        fit(folder, file, config=FAST)
+
+
+def test_an_armed_model_explains_what_the_vector_was_fitted_on(folder: Path) -> None:
+    vector = fit(folder, UNWANTED, config=FAST)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = torch.tensor([encode_all(from_rows(UNWANTED[:1]).rows, tokenizer, 64)[0].ids])
+    with armed(model, vector), torch.no_grad():
+        with_vector = model(input_ids=ids, labels=ids).loss
+    assert with_vector < model(input_ids=ids, labels=ids).loss
