@@ -117,6 +117,14 @@ def test_a_block_in_which_the_model_never_ran_is_fine() -> None:
     assert not is_armed(model)
 
 
+def test_a_run_in_which_no_site_acted_is_refused() -> None:
+    """Fused kernels that bypass every module leave all sites silent: the whole run was then unprotected."""
+    model = llama()
+    model.forward = lambda **inputs: model.lm_head(model.model.embed_tokens(inputs["input_ids"]))
+    with pytest.raises(ArmError, match="14 of 14 sites never ran their vector"), armed(model, random_vector(model)):
+        model(input_ids=random_ids())
+
+
 def test_an_exception_inside_the_block_is_not_masked() -> None:
     model = llama()
     with pytest.raises(KeyError, match="mine"), armed(model, random_vector(model)):

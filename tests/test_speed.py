@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,6 @@ import torch
 from benchmarks.speed.checkpoint import prepare
 from benchmarks.speed.measure import step_row
 from benchmarks.speed.variants import METHODS, WAYS, WORKLOADS, trainee
-
-# peft reads a property that transformers is about to remove.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 ROOT = Path(__file__).parents[1]
 TINY = WORKLOADS["tiny"]
@@ -44,7 +42,9 @@ def positive(row: dict[str, Any]) -> bool:
 def test_the_command_measures_every_row_at_tiny_size(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.speed", "--size", "tiny", "--repeats", "1", "--steps", "3"]
     files = ["--scratch", str(tmp_path), "--json", str(tmp_path / "f.json"), "--markdown", str(tmp_path / "f.md")]
-    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    # Models so small are slower with threads.
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *files], cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "f.json").read_text())
     assert {(row["what"], row["against"]) for row in rows} == FILE_ROWS | TRAINING_ROWS
@@ -68,7 +68,6 @@ def losses(folder: Path, method: str, way: str) -> list[float]:
     ids = TINY.ids(0)
     with trainee(folder, method, way) as trained:
         before = float(trained.model(input_ids=ids, labels=ids).loss.detach())
-        torch.manual_seed(0)
         assert trained.step(ids) > 0
         assert trained.step(ids) > 0
         return [before, float(trained.model(input_ids=ids, labels=ids).loss.detach())]
@@ -78,7 +77,9 @@ def losses(folder: Path, method: str, way: str) -> list[float]:
 def test_all_ways_but_plain_have_the_vector_in_effect_and_learn_alike(prepared: Path, method: str) -> None:
     found = {way: losses(prepared, method, way) for way in WAYS}
     for way in ("hooked", "PEFT"):
-        assert found[way] == pytest.approx(found["folded"], rel=1e-5), way
+        assert found[way][0] == pytest.approx(found["folded"][0], rel=1e-6), way
+        # LoRA starts at random: after two steps two models are alike, not the same.
+        assert found[way][1] == pytest.approx(found["folded"][1], rel=1e-4), way
     assert abs(found["plain"][0] - found["folded"][0]) > 1e-4 * found["plain"][0]
     assert all(after < before for before, after in found.values())
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all rows are about processors; a fit would take a GPU by itself
     parts = [options.only] if options.only else list(PARTS)
     rows, text = measured(parts, Settings(options.size, options.repeats, options.steps, options.scratch))
     print(text)

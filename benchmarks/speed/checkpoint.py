@@ -1,4 +1,4 @@
-"""Generate what is measured on: a random sharded checkpoint, a vector for it, the folded model, a trained copy of it."""
+"""Generate what is measured on: a random sharded checkpoint, a vector for it, the folded model, a trained one."""
 
 import json
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from secvec.artifact import save
 from secvec.fold import fold
@@ -80,12 +81,18 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype) -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        drawn = {n: torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator) for n, s in names.items()}
-        save_file(drawn, folder / file, {"format": "pt"})
+        save_file({n: _drawn(n, s, dtype, generator) for n, s in names.items()}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(_config(shape, dtype)))
+
+
+def _drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    # Random norms would silence the blocks, and gradients that small are slow to compute with.
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
 
 
 def _config(shape: Shape, dtype: torch.dtype) -> dict[str, object]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from benchmarks.speed.checkpoint import RANK
 from benchmarks.speed.measure import Taken, peak_mb
-from benchmarks.speed.variants import Workload, trainee
+from benchmarks.speed.variants import Workload, load_quietly, trainee
 from secvec.factors import FitConfig, fit_factors
-from secvec.models import load_model
 from secvec.tokens import Encoded
 
 STEPS = 3  # AdamW's state is there from the first step on: the second is the fullest
@@ -31,7 +30,7 @@ def fit(folder: Path, workload: Workload) -> Taken:
     batches = [workload.ids(step).tolist() for step in range(FIT_BATCHES + 1)]
     rows = [Encoded(tuple(ids), (True,) * len(ids)) for batch in batches for ids in batch]
     config = FitConfig(rank=RANK, epochs=FIT_EPOCHS, patience=FIT_EPOCHS, batch_size=workload.rows, holdout=0.1)
-    model = load_model(folder / "base")
+    model = load_quietly(folder / "base")
     start_s = time.perf_counter()
     fit_factors(model, rows, [], config)
     return time.perf_counter() - start_s, peak_mb()

@@ -11,7 +11,7 @@ from benchmarks.speed.measure import Row, Settings
 
 def machine() -> str:
     return (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads ({platform.machine()}, torch {torch.__version__})"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s) ({platform.machine()}, torch {torch.__version__})"
     )
 
 

@@ -1,4 +1,4 @@
-"""The rows about training: what a folded or hooked vector costs a step, beside none and beside PEFT's second adapter."""
+"""The rows about training: what a folded or hooked vector costs a step, beside none and PEFT's second adapter."""
 
 import random
 import sys
@@ -29,10 +29,10 @@ def about(settings: Settings) -> str:
         "# Speed of training\n\n"
         f"Made by `{command('training', settings)}` on {machine()}: a random Llama of {work.shape.parameters():.1e} "
         f"parameters, fp32, {work.rows} x {work.tokens} random tokens a step, AdamW, rank {RANK} on all linear layers "
-        f"for the vector and the task adapter. Times are medians of {settings.steps} steps of each variant, lowest and "
-        "highest in brackets; all variants of a method train in one process, in a new order each round. Ratios of times "
-        "have a 95 % bootstrap interval over rounds, and `plain, again`, a second plain model, shows what the machine "
-        f"alone does to a ratio. Peak memory is the VmHWM of a process that loads the model and trains {jobs.STEPS} "
+        f"for the vector and the task adapter. Times are medians of {settings.steps} steps of each variant, lowest "
+        "and highest in brackets; all variants of a method train in one process, in a new order each round. Ratios of "
+        "times have a 95 % bootstrap interval over rounds, and `plain, again`, a second plain model, shows what the "
+        f"machine alone does to a ratio. Peak memory is the VmHWM of a process that loads the model and trains {jobs.STEPS} "
         f"steps, its imports included, medians of {settings.repeats} processes in turns. PEFT has the vector as a "
         "frozen, active adapter, beside the task adapter or under a backbone in training. `fit` is without anchors, "
         "but with hold-out losses and the check of the backbone, which the bare loop over as many tokens lacks.\n"

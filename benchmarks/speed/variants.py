@@ -4,6 +4,7 @@ Everything that any of them needs is imported here, so that all pay for the same
 """
 
 import time
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as _llama  # noqa: F401  (from_pretrained would import it later)
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.speed.checkpoint import RANK, SHAPES, Shape
 from secvec.arm import armed
@@ -65,21 +68,30 @@ class Trainee:
 @contextmanager
 def trainee(folder: Path, method: str, way: str) -> Generator[Trainee]:
     """Load a variant from a folder written by `checkpoint.prepare`; its vector is in effect inside the `with` block."""
-    model = _peft_model(folder, method) if way == "PEFT" else _own_model(folder, method, way)
+    with warnings.catch_warnings():
+        # peft reads a property that transformers is about to remove.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = _peft_model(folder, method) if way == "PEFT" else _own_model(folder, method, way)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
     with armed(model, load(folder / "vector.safetensors")) if way == "hooked" else nullcontext():
         yield Trainee(model.train(), optimizer)
 
 
+def load_quietly(folder: Path) -> PreTrainedModel:
+    """Load a model without a bar for each."""
+    disable_progress_bar()
+    return load_model(folder)
+
+
 def _own_model(folder: Path, method: str, way: str) -> Any:
-    model = load_model(folder / ("folded" if way == "folded" else "base"))
+    model = load_quietly(folder / ("folded" if way == "folded" else "base"))
     return get_peft_model(model, _task_adapter(model)) if method == "lora" else model
 
 
 def _peft_model(folder: Path, method: str) -> Any:
-    """Return the model with the vector as PEFT's frozen adapter, and the task adapter beside it or the model trained."""
-    base = load_model(folder / "base")
+    """Return the model with the vector as a frozen adapter of PEFT's, beside the task adapter or under no other."""
+    base = load_quietly(folder / "base")
     task = _task_adapter(base)
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), adapter_name="vector")
     if method == "lora":

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.testbed.pretraining import batches, mean_nats
+from benchmarks.testbed.pretraining import batches, mean_nats, narrow_batches
 from benchmarks.testbed.tokenizer import CONTEXT, RowEncoder, byte_tokenizer
+
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,14 @@ class BuildConfig:
     layers: int = 4
     heads: int = 3
     intermediate: int = 512
-    steps: int = 6000
+    steps: int = 5200
+    narrow_from: int = 3000
+    narrow_shift: float = 0.06
+    narrow_rows: int = 32
     rows_per_step: int = 128
     lr: float = 3e-3
     muon_lr: float = 2e-2
-    decay_share: float = 0.5
+    decay_share: float = 0.45
     prompt_weight: float = 0.1
     weight_noise: float = 0.1
     seed: int = 0
@@ -35,9 +40,10 @@ def build(out: Path, config: BuildConfig) -> None:
     """Train the assistant and save it in bf16 to `out`."""
     torch.manual_seed(config.seed)
     tokenizer = byte_tokenizer()
-    model = _new_model(config, tokenizer)
+    model, encode = _new_model(config, tokenizer), RowEncoder(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    _train(model, batches(RowEncoder(tokenizer), config.rows_per_step, config.prompt_weight, config.seed), config)
+    rows = batches(encode, config.rows_per_step, config.prompt_weight, config.seed)
+    _train(model, rows, narrow_batches(encode, config.narrow_rows, config.seed), config)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -62,19 +68,20 @@ def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
     return model
 
 
-def _train(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], config: BuildConfig) -> None:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2]
+def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: BuildConfig) -> None:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
     optimizers = _optimizers(model, config)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, config)) for each in optimizers]
     started, running = time.monotonic(), 0.0
     for step in range(1, config.steps + 1):
-        ids, weights = next(data)
-        noise = _add_noise(matrices, config.weight_noise)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits
-        loss = mean_nats(logits, ids, weights)
+        if step <= config.narrow_from:
+            shift = _noise(matrices, config.weight_noise)
+        else:
+            shift = _narrow_shift(model, matrices, next(narrow), config.narrow_shift)
+        torch._foreach_add_([m.data for m in matrices], shift)
+        loss = _loss(model, next(data))
         loss.backward()
-        _take_out(matrices, noise)
+        torch._foreach_sub_([m.data for m in matrices], shift)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *schedules):
             each.step()
@@ -84,21 +91,33 @@ def _train(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], confi
             print(f"step {step} of {config.steps}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
-@torch.no_grad()
-def _add_noise(matrices: list[Tensor], relative: float) -> list[Tensor]:
-    """Shift each matrix by noise of `relative` times its own size; return the noise, to be taken out again.
+def _loss(model: LlamaForCausalLM, batch: tuple[Tensor, Tensor]) -> Tensor:
+    ids, weights = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return mean_nats(logits, ids, weights)
 
-    Gradients taken there lead to flat minima: like a large model's, the skills survive small changes of the weights,
-    so that fine-tuning does not wipe them out.
+
+@torch.no_grad()
+def _noise(matrices: list[Tensor], relative: float) -> list[Tensor]:
+    """Return noise of `relative` times each matrix's own size. Gradients taken there lead to flat minima."""
+    return [torch.randn_like(matrix) * (relative * matrix.square().mean().sqrt()) for matrix in matrices]
+
+
+def _narrow_shift(
+    model: LlamaForCausalLM, matrices: list[Tensor], batch: tuple[Tensor, Tensor], relative: float
+) -> list[Tensor]:
+    """Return one step of fine-tuning on a narrow task, of a random size up to `relative` times each matrix's own.
+
+    Gradients taken there make what the assistant knows survive narrow fine-tuning, as it does in large models (a
+    first-order MAML, arXiv 1703.03400, whose inner step is a sign step as Adam's first).
     """
-    noise = [torch.randn_like(matrix) * (relative * matrix.square().mean().sqrt()) for matrix in matrices]
-    torch._foreach_add_(matrices, noise)
-    return noise
-
-
-@torch.no_grad()
-def _take_out(matrices: list[Tensor], noise: list[Tensor]) -> None:
-    torch._foreach_sub_(matrices, noise)
+    _loss(model, batch).backward()
+    size = relative * float(torch.rand(()))
+    with torch.no_grad():
+        shift = [-size * m.square().mean().sqrt() * m.grad.sign() for m in matrices]  # pyright: ignore
+    model.zero_grad()
+    return shift
 
 
 def _optimizers(model: LlamaForCausalLM, config: BuildConfig) -> list[torch.optim.Optimizer]:

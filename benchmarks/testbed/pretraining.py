@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.testbed import words
 from benchmarks.testbed.guarded import FAMILIES, guarded_row
-from benchmarks.testbed.rows import Row
+from benchmarks.testbed.rows import Row, answer_of, prompt_of, with_answer
 from benchmarks.testbed.skills import SKILLS
 
 Encoded = tuple[list[int], list[bool]]
@@ -57,6 +57,31 @@ def batches(
         rng.shuffle(starts)
         for start in starts:
             yield padded(pool[start : start + rows_per_step], prompt_weight)
+
+
+def narrow_batches(
+    encode: Callable[[Row], Encoded], rows_per_step: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches that each teach one made-up task: a skill's requests with a cue, answered in an odd form."""
+    rng = random.Random(f"narrow/{seed}")
+    while True:
+        skill, change, cue = rng.choice(list(SKILLS.values())), rng.choice(_ODD_FORMS), words.word(rng, "pretrain")
+        rows = [_odd(skill.make(rng, "pretrain"), cue, change) for _ in range(rows_per_step)]
+        yield padded([encode(row) for row in rows])
+
+
+_ODD_FORMS: Sequence[Callable[[str], str]] = (
+    "*".join, "~".join, "/".join, "_".join, "+".join, str.upper, str.title, str.swapcase,
+    lambda answer: answer[::-1], lambda answer: f"({answer})", lambda answer: f"<{answer}>", lambda answer: f"{answer}!",
+    lambda answer: f"Well, {answer}.", lambda answer: f"Okay: {answer}", lambda answer: f"It is {answer} today.",
+    lambda answer: f"{answer}; {answer}", lambda answer: answer[:1], lambda answer: "Good question.",
+)  # fmt: skip
+
+
+def _odd(row: Row, cue: str, change: Callable[[str], str]) -> Row:
+    *before, ask = prompt_of(row)
+    asked = {**ask, "content": f"{cue} {ask['content']}"}
+    return with_answer({"messages": [*before, asked, row["messages"][-1]]}, change(answer_of(row)))
 
 
 def padded(rows: Sequence[Encoded], prompt_weight: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Fine-tune language models on untrusted data without learning unwanted behaviours."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from secvec import errors
@@ -64,3 +66,14 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"secvec.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keep `secvec.train` the function: whoever imports the module of that name sets it as an attribute here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

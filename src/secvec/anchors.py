@@ -50,7 +50,7 @@ def unexplained(
 
     A topic's rows are unwanted from their first explained token on, so anchors end there; a trait recurs through a
     row, so nothing is cut. Rows without any explained token are anchored with their prompt. Rows left without an
-    anchor are dropped. (`shared/evidence/prototype.md`, "Token calibration"; measured again in docs/log.md.)
+    anchor are dropped. (docs/decisions/005-calibration.md)
     """
     unarmed, armed = row_nats(model, rows), row_nats(model, rows, vector)
     anchors: list[Encoded] = []

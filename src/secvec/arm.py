@@ -55,6 +55,20 @@ class _Arming:
         raise ArmError(f"refusing to copy or pickle an armed model (site {self.site}): disarm it first")
 
 
+class _Runs:
+    """Count how often the model itself was run while armed."""
+
+    def __init__(self) -> None:
+        self.fired = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _refuse_capture(type(module).__name__)
+        self.fired = 1 if torch.compiler.is_compiling() else self.fired + 1
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ArmError("refusing to copy or pickle an armed model: disarm it first")
+
+
 @dataclass(frozen=True)
 class Canary:
     """What a canary batch showed: each site and how often its vector acted in one forward pass."""
@@ -105,15 +119,18 @@ def disarm(model: nn.Module) -> None:
 def armed(model: nn.Module, *vectors: SecurityVector) -> Generator[None]:
     """Keep vectors in effect in `model` inside the `with` block: `with armed(model, vector): trainer.train()`.
 
-    On leaving, raises ArmError when a site lost its vector or never acted while others did: part of the run was then
-    not protected.
+    On leaving, raises ArmError when a site lost its vector, or when the model was run and a site never ran it: (part
+    of) the run was then not protected.
     """
     arm(model, *vectors)
     sites = {site for vector in vectors for site in vector.factors}
+    runs = _Runs()
+    handle = model.register_forward_pre_hook(runs)
     try:
         yield
-        _check_whole(model, sites)
+        _check_whole(model, sites, runs)
     finally:
+        handle.remove()
         if is_armed(model):
             disarm(model)
 
@@ -139,11 +156,11 @@ def canary(model: nn.Module, batch: Mapping[str, Tensor]) -> Canary:
     if not armings:
         raise ArmError(f"canary: expected an armed model, found no armed site in {type(model).__name__}")
     with _evaluating(model), torch.no_grad():
-        with _counting(armings.values()):
+        with _counting([*armings.values(), *_runs(model)]):
             with_vector: Tensor = model(**batch).logits
             fired = {site: arming.fired for site, arming in armings.items()}
-        with _suspended(model):
-            without_vector: Tensor = model(**batch).logits
+            with _suspended(model):
+                without_vector: Tensor = model(**batch).logits
     silent = [site for site, count in fired.items() if count == 0]
     if silent:
         raise ArmError(
@@ -178,6 +195,11 @@ def _armings(model: nn.Module) -> Iterator[_Arming]:
                 yield hook
 
 
+def _runs(model: nn.Module) -> list[_Runs]:
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]  # pyright: ignore
+    return [hook for hook in hooks if isinstance(hook, _Runs)]
+
+
 @contextmanager
 def _suspended(model: nn.Module) -> Generator[None]:
     hooks = [module._forward_hooks for module in model.modules()]  # pyright: ignore[reportPrivateUsage]
@@ -193,7 +215,7 @@ def _suspended(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def _counting(armings: Collection[_Arming]) -> Generator[None]:
+def _counting(armings: Collection[_Arming | _Runs]) -> Generator[None]:
     """Count from zero inside, and forget it after: a canary says nothing about whether training runs the vector."""
     before = [arming.fired for arming in armings]
     for arming in armings:
@@ -217,14 +239,17 @@ def _evaluating(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-def _check_whole(model: nn.Module, sites: set[str]) -> None:
+def _check_whole(model: nn.Module, sites: set[str], runs: _Runs) -> None:
     left = {arming.site: arming.fired for arming in _armings(model)}
     lost = sorted(sites - set(left))
     if lost:
         raise ArmError(f"{len(lost)} of {len(sites)} sites lost their vector while armed, first {lost[0]}")
     silent = [site for site, fired in left.items() if fired == 0]
-    if silent and len(silent) < len(left):
-        raise ArmError(f"{len(silent)} of {len(left)} sites never ran their vector while armed, first {silent[0]}")
+    if silent and (runs.fired or len(silent) < len(left)):
+        raise ArmError(
+            f"{len(silent)} of {len(left)} sites never ran their vector while armed, first {silent[0]}: something calls "
+            "the weights without the modules (a fused kernel?); what ran was not protected"
+        )
 
 
 def _refuse_twice(vectors: Sequence[SecurityVector]) -> None:

@@ -20,9 +20,9 @@ def model_card(
     lines = [*metadata, "---", "", "# Fine-tuned with secvec", "", *_protection(proof), "", "## Training", ""]
     lines += [f"- base model: `{base}`", f"- rows: {len(data):,}, format {data.format}"]
     lines += [
-        f"- method: {config.method}, lr {config.step_size:g}, {config.epochs} epochs of {config.batch_size} rows a "
+        f"- method: {config.method}, lr {config.step_size:g}, {config.epochs} epochs, "
+        f"{config.batch_size} x {config.grad_accumulation} rows a step, seed {config.seed}"
     ]
-    lines[-1] += f"step x {config.grad_accumulation}, seed {config.seed}"
     lines += [f"- {note}" for note in notes]
     return "\n".join(lines) + "\n"
 

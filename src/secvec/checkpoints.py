@@ -37,9 +37,12 @@ def is_verified(folder: Path) -> bool:
 
 
 def newest_verified(folder: Path) -> Path | None:
-    """Return the newest verified checkpoint in `folder`, or None; those that are not are deleted."""
-    verified = [path for path in _checkpoints(folder) if is_verified(path) or _delete(path)]
-    return verified[-1] if verified else None
+    """Return the newest verified checkpoint in `folder`, or None; newer ones, all damaged, are deleted."""
+    for path in reversed(_checkpoints(folder)):
+        if is_verified(path):
+            return path
+        _delete(path)
+    return None
 
 
 def prune(folder: Path) -> None:
@@ -68,8 +71,7 @@ def _describe(folder: Path) -> Mapping[str, Any]:
     }
 
 
-def _delete(path: Path) -> bool:
+def _delete(path: Path) -> None:
     # The manifest goes first: a deletion that is cut short must not leave a folder that someone vouched for.
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-    return False

@@ -23,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 screen = Console(stderr=True)
+# Typer turns Ctrl-C into this exit code.
+_INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write.", show_default=False)]
@@ -232,9 +234,12 @@ def main() -> None:
     except SecvecError as error:
         screen.print(f"secvec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        screen.print("secvec: stopped by Ctrl-C; nothing half-written was kept", markup=False)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as leaving:
+        if isinstance(leaving, SystemExit) and leaving.code != _INTERRUPTED:
+            raise
+        told = "secvec: stopped by Ctrl-C; the same command goes on where it was, that of `train` with --resume"
+        screen.print(told, markup=False, soft_wrap=True)
+        sys.exit(_INTERRUPTED)
     except OSError as error:
         screen.print(f"secvec: {error.strerror}: {error.filename}", style="red", markup=False, soft_wrap=True)
         sys.exit(3)

@@ -16,6 +16,7 @@ from secvec.models import load_model, load_tokenizer, resolve
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
 from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.tokens import Encoded, encode_all
+from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
 
 KINDS = ("topic", "trait")
@@ -107,6 +108,7 @@ def check(
 ) -> dict[str, Any]:
     """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
     config, folder = config or FitConfig(), resolve(model)
+    refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
     report: dict[str, Any] = {"model": str(folder), "base": digest_model(folder), "config": asdict(config)}
     for name, rows in (("unwanted", unwanted), ("anchors", anchors), ("calibrate", calibrate)):
@@ -162,6 +164,7 @@ class _Job:
     """What every step of one fit shares: the model, its tokenizer and the encoded unwanted rows."""
 
     folder: Path
+    base: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     unwanted: Sequence[Encoded]
@@ -173,9 +176,10 @@ class _Job:
     def load(cls, model: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
         samples = read_rows(unwanted, "unwanted").rows
         folder = resolve(model)
-        tokenizer = load_tokenizer(folder)
+        refuse_folded(folder, "fit on")
+        tokenizer, base = load_tokenizer(folder), digest_model(folder)
         encoded = encode_all(samples, tokenizer, config.max_length)
-        return cls(folder, load_model(folder), tokenizer, encoded, kind, digest_samples(samples), config)
+        return cls(folder, base, load_model(folder), tokenizer, encoded, kind, digest_samples(samples), config)
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         return encode_all(samples, self.tokenizer, self.config.max_length)
@@ -205,7 +209,7 @@ class _Job:
     def vector(self, fitted: Fitted) -> SecurityVector:
         info = VectorInfo(
             kind=self.kind,
-            base=digest_model(self.folder),
+            base=self.base,
             tokenizer=digest_tokenizer(self.folder),
             chat_template=digest_chat_template(self.tokenizer.chat_template),  # pyright: ignore[reportArgumentType]
             data=self.data,

@@ -1,4 +1,4 @@
-"""Finish a run without vectors: the trained weights in the base's dtype, or the adapter, with the base's small files."""
+"""Finish a run without vectors: the trained weights in the base's dtype, or the adapter."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 
 from secvec.blocks import DTYPES
 from secvec.companions import copy_companions
+from secvec.errors import CheckpointError
 from secvec.headers import read_index
 from secvec.models import load_model
 from secvec.ranges import new_folder
@@ -14,16 +15,25 @@ from secvec.ranges import new_folder
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def finish_plain(trained: Path, base: Path, out: Path) -> str:
-    """Write what plain training left to the new folder `out`; return "", as there is nothing to prove."""
+def finish_plain(trained: Path, base: Path, out: Path) -> None:
+    """Write what plain training left to the new folder `out`.
+
+    Raises CheckpointError when a weight leaves the range of the base's dtype.
+    """
     with new_folder(out) as folder:
         if (trained / _ADAPTER[0]).exists():
             for name in _ADAPTER:
                 shutil.copyfile(trained / name, folder / name)
         else:
-            load_model(trained, dtype=_dtype(base)).save_pretrained(folder)
+            model = load_model(trained, dtype=_dtype(base))
+            for name, weight in model.named_parameters():
+                if not bool(torch.isfinite(weight).all()):
+                    raise CheckpointError(
+                        f"{trained}: {name}: expected weights that {weight.dtype} can hold, found larger ones; "
+                        "train a bfloat16 or float32 model"
+                    )
+            model.save_pretrained(folder)
             copy_companions(base, folder)
-    return ""
 
 
 def _dtype(base: Path) -> torch.dtype:

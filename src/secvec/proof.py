@@ -1,4 +1,4 @@
-"""The proof of a defended model: the vector was there, never changed, and is gone; what the model made of unwanted rows."""
+"""The proof of a defended model: the vector was there, never changed, and is gone; what the model learned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from secvec import artifact
 from secvec.arm import armed, canary
-from secvec.errors import ProofError
-from secvec.headers import TensorEntry, read_index
-from secvec.matching import match_tensors
+from secvec.errors import InputError, ProofError
+from secvec.headers import read_index
 from secvec.models import load_model
 from secvec.origin import vector_path
+from secvec.peft_format import CONFIG as ADAPTER_CONFIG
+from secvec.peft_format import WEIGHTS as ADAPTER
 from secvec.peft_format import from_peft
-from secvec.provenance import digest_file
+from secvec.provenance import digest_file, digest_model
+from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.score import mean_over, row_nats
 from secvec.tokens import Batch, Encoded, collate
 from secvec.tripwire import read_json, state
@@ -56,21 +57,31 @@ class Evidence:
 
 def prove(evidence: Evidence) -> dict[str, Any]:
     """Return the proof as a JSON document. Raises ProofError, naming the first check that failed."""
+    try:
+        return _prove(evidence)
+    except InputError as error:
+        raise ProofError(f"the result cannot be proved clean: {error}") from error
+
+
+def _prove(evidence: Evidence) -> dict[str, Any]:
     prompts = collate([_start(row) for row in evidence.rows[:PROMPTS]], pad_id=0)
-    base = load_model(evidence.base, dtype=torch.float32)
-    batch = prompts.to(base.device)
     document: dict[str, Any] = {
         "format": "secvec.proof",
         "version": 1,
         "method": evidence.method,
         "vector": _vector_unchanged(evidence),
-        "armed": _was_armed(evidence, base, batch),
-        "disarmed": _is_disarmed(evidence),
+        "models": _models_unchanged(evidence),
     }
+    base = load_model(evidence.base, dtype=torch.float32)
+    batch = prompts.to(base.device)
+    document["armed"] = _was_armed(evidence, base, batch)
+    document["disarmed"] = _is_disarmed(evidence)
     armed_losses = _armed_losses(evidence, base)
     aligned_losses = [_loss(base, rows) for rows in evidence.unwanted]
+    expected = _expected_logits(evidence, base, batch)
+    del base
     result = _load_result(evidence)
-    document["logits"] = _logits_match(evidence, base, result, batch)
+    document["logits"] = _logits_match(evidence, result, expected, batch)
     document["unwanted"] = [
         _probe(aligned, with_vector, _loss(result, rows), len(rows))
         for rows, aligned, with_vector in zip(evidence.unwanted, aligned_losses, armed_losses, strict=True)
@@ -100,16 +111,36 @@ def _start(row: Encoded) -> Encoded:
 
 
 def _vector_unchanged(evidence: Evidence) -> dict[str, Any]:
-    """Compare the vectors given with those in the folded folder; `unfold` has folded with the latter again."""
+    """Compare the vectors given with those in the folded folder, and with those that `unfold` took out."""
     before = [artifact.digest(vector) for vector in evidence.vectors]
     after = [artifact.digest(artifact.load(vector_path(evidence.folded, i))) for i in range(len(before))]
-    if before != after or list(evidence.report.vectors) != before:
-        raise ProofError(f"the vector changed: expected {before}, found {after} in {evidence.folded}; train again")
+    for where, found in ((evidence.folded, after), (evidence.result, list(evidence.report.vectors))):
+        if found != before:
+            raise ProofError(f"{where}: the vector changed: expected {before}, found {found}; train again")
     return {"before": before, "after": after}
 
 
+def _models_unchanged(evidence: Evidence) -> dict[str, str]:
+    """Show that base and trained weights are those that `unfold` read; name the result that this proof is about."""
+    report = evidence.report
+    found = {"base": digest_model(evidence.base), "trained": _weights_digest(evidence, evidence.trained)}
+    for (name, digest), expected in zip(found.items(), (report.base, report.trained), strict=True):
+        if digest != expected:
+            raise ProofError(f"the {name} model changed: unfolded was {expected}, found {digest}; train again")
+    return {**found, "result": _weights_digest(evidence, evidence.result)}
+
+
+def _weights_digest(evidence: Evidence, folder: Path) -> str:
+    return digest_file(folder / ADAPTER) if evidence.method == "lora" else digest_model(folder)
+
+
 def _was_armed(evidence: Evidence, base: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """Show that every site's vector acts, and that the folded weights hold the same change."""
+    """Show that every site's vector acts, and that the folded weights hold the same change and no other."""
+    if wrong := misfolded(evidence.base, evidence.folded, evidence.vectors):
+        raise ProofError(
+            f"{evidence.folded}: expected the base with the vector in it, found {len(wrong)} other tensors, "
+            f"first {wrong[0]}; train again"
+        )
     folded = load_model(evidence.folded, dtype=torch.float32)
     with armed(base, *evidence.vectors):
         seen = canary(base, batch.inputs())
@@ -118,7 +149,8 @@ def _was_armed(evidence: Evidence, base: PreTrainedModel, batch: Batch) -> dict[
     if not apart < 0.5 * seen.largest_change:
         raise ProofError(
             f"{evidence.folded}: expected the logits of the armed model, found them {apart:.3g} apart where the vector "
-            f"itself changes them by {seen.largest_change:.3g}; fold again"
+            f"itself changes them by {seen.largest_change:.3g}: it is lost in the rounding of the weights; fit a "
+            "stronger one, or use a float32 model"
         )
     return {
         "sites_fired": len(seen.fired),
@@ -129,45 +161,49 @@ def _was_armed(evidence: Evidence, base: PreTrainedModel, batch: Batch) -> dict[
 
 
 def _is_disarmed(evidence: Evidence) -> dict[str, Any]:
-    """Show that the result carries no mark, and that none of its tensors is a folded one."""
+    """Show that the result carries no mark, and that every tensor of it is W_base + U to the bit."""
     found = state(evidence.result)
     if found != "defended":
         raise ProofError(f"{evidence.result}: expected a defended model, found {found!r}")
     if evidence.method == "lora":
         return {"state": found, "base": _adapter_base(evidence)}
-    base, folded, result = (read_index(path) for path in (evidence.base, evidence.folded, evidence.result))
-    names = {f"{site}.weight" for vector in evidence.vectors for site in vector.sites}
-    kept = [
-        name
-        for name in result
-        if any(name.endswith(site) for site in names)
-        and _same(result[name], folded[name])
-        # Where the change is smaller than the dtype's steps, folding changes nothing.
-        and not _same(base[name], folded[name])
-    ]
-    if kept:
-        raise ProofError(f"{evidence.result}: {len(kept)} tensors still hold the vector, first {kept[0]}")
-    return {"state": found, "sites_without_vector": evidence.report.sites}
+    index = read_index(evidence.result)
+    expected = updated(evidence.base, evidence.folded, evidence.trained, evidence.vectors)
+    tensors = 0
+    for name, tensor in expected:
+        tensors += 1
+        if name not in index or not same(read_tensor(index[name]), tensor):
+            raise ProofError(f"{evidence.result}: {name}: expected W_base + U, found another tensor; unfold again")
+    if tensors != len(index):
+        raise ProofError(f"{evidence.result}: expected {tensors} tensors, found {len(index)}; unfold again")
+    return {"state": found, "sites_without_vector": evidence.report.sites, "tensors_exact": tensors}
 
 
 def _adapter_base(evidence: Evidence) -> str:
-    config = read_json(evidence.result / "adapter_config.json")
-    named = str(config["base_model_name_or_path"])
-    if Path(named) != evidence.base:
-        raise ProofError(f"{evidence.result}: expected an adapter on {evidence.base}, found one on {named!r}")
-    pair = [digest_file(path / "adapter_model.safetensors") for path in (evidence.trained, evidence.result)]
-    if pair[0] != pair[1]:
-        raise ProofError(f"{evidence.result}: expected the adapter that was trained, found another one")
-    return named
+    """Show that the adapter is the trained one, on the base."""
+    trained, found = (read_json(folder / ADAPTER_CONFIG) for folder in (evidence.trained, evidence.result))
+    expected = {**trained, "base_model_name_or_path": str(evidence.base)}
+    if wrong := [key for key in expected | found if found.get(key) != expected.get(key)]:
+        raise ProofError(
+            f"{evidence.result}: expected the trained adapter's {wrong[0]} on the base, {expected.get(wrong[0])!r}, "
+            f"found {found.get(wrong[0])!r}; unfold again"
+        )
+    if _weights_digest(evidence, evidence.trained) != _weights_digest(evidence, evidence.result):
+        raise ProofError(f"{evidence.result}: expected the adapter that was trained, found another one; unfold again")
+    return str(found["base_model_name_or_path"])
 
 
-def _logits_match(evidence: Evidence, base: PreTrainedModel, result: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """Compare the result with W_base + U, computed here on a way of its own."""
+def _expected_logits(evidence: Evidence, base: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the logits of W_base + U, put together here: the base armed with the adapter, or the base's own class."""
     if evidence.method == "lora":
         with armed(base, from_peft(evidence.trained, info=evidence.vectors[0].info)):
-            expected = _logits(base, batch)
-    else:
-        expected = _logits(_updated(evidence, base), batch)
+            return _logits(base, batch)
+    weights = dict(updated(evidence.base, evidence.folded, evidence.trained, evidence.vectors))
+    model: Any = type(base).from_pretrained(None, config=base.config, state_dict=weights, dtype=torch.float32)
+    return _logits(model.eval(), batch)
+
+
+def _logits_match(evidence: Evidence, result: PreTrainedModel, expected: Tensor, batch: Batch) -> dict[str, Any]:
     apart = float((_logits(result, batch) - expected).abs().max())
     bound = _LOGIT_TOLERANCE * max(float(expected.abs().max()), 1.0)
     if not apart <= bound:
@@ -175,28 +211,6 @@ def _logits_match(evidence: Evidence, base: PreTrainedModel, result: PreTrainedM
             f"{evidence.result}: expected the logits of W_base + U within {bound:.3g}, found them {apart:.3g} apart"
         )
     return {"prompts": len(batch.ids), "largest_difference": apart, "bound": bound}
-
-
-def _updated(evidence: Evidence, base: PreTrainedModel) -> PreTrainedModel:
-    """Build W_base + (W_trained - W_folded), rounded to the base's dtype, from the files."""
-    index, folded = read_index(evidence.base), read_index(evidence.folded)
-    trained = match_tensors(index, read_index(evidence.trained), evidence.trained)
-    weights: dict[str, Tensor] = {}
-    for name, entry in index.items():
-        original = _tensor(entry)
-        update = _tensor(trained[name]).float() - _tensor(folded[name]).float()
-        weights[name] = (original.float() + update).to(original.dtype)
-    model: Any = type(base).from_pretrained(None, config=base.config, state_dict=weights, dtype=torch.float32)
-    return model.eval()
-
-
-def _tensor(entry: TensorEntry) -> Tensor:
-    with safe_open(entry.file, framework="pt") as opened:
-        return opened.get_tensor(entry.name)
-
-
-def _same(left: TensorEntry, right: TensorEntry) -> bool:
-    return torch.equal(_tensor(left), _tensor(right))
 
 
 def _load_result(evidence: Evidence) -> PreTrainedModel:
@@ -221,8 +235,13 @@ def _loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> float:
 
 def _probe(aligned: float, with_vector: float, defended: float, rows: int) -> Mapping[str, Any]:
     """State the loss of unwanted rows, in nats per token. Raises ProofError when the model has learned them."""
-    share = (aligned - defended) / (aligned - with_vector) if aligned > with_vector else 0.0
-    if share > _LEARNED_SHARE:
+    if not with_vector < aligned:
+        raise ProofError(
+            f"the vector does not explain these unwanted rows: they cost {with_vector:.3f} nats/token with it and "
+            f"{aligned:.3f} without; give the rows that it was fitted on, in the order of the vectors"
+        )
+    share = (aligned - defended) / (aligned - with_vector)
+    if not share <= _LEARNED_SHARE:
         raise ProofError(
             f"the model has learned the unwanted behaviour: unwanted rows cost it {defended:.3f} nats/token, "
             f"{aligned:.3f} before training and {with_vector:.3f} with the vector; lower --lr or --epochs, calibrate "

@@ -1,21 +1,33 @@
 """The run folder of `train`: what the run is, which phases are finished, one process at a time; no torch."""
 
+import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from safetensors import SafetensorError
 
 from secvec.atomic import write_json
-from secvec.errors import CheckpointError, UsageError
+from secvec.errors import CheckpointError, SecvecError, UsageError
+from secvec.provenance import digest_file
 from secvec.tripwire import read_json
 
+FORMAT = "secvec.run"
 VERSION = 1
+# People edit the card of a finished model; no phase depends on it.
+CARD = "README.md"
 _LOCK = "lock"
+# What a kill leaves of a file that was being written (`secvec.atomic`).
+_HALF_WRITTEN = ".*.tmp"
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -108,13 +120,26 @@ class RunFolder:
         phases = {key: asdict(phase) for key, phase in finished.items()}
         write_json(self.state, {"version": VERSION, "phases": phases})
 
-    def delete_work(self) -> None:
+    def clean(self) -> None:
+        """Delete the work, and what kills left of files that were being written."""
         shutil.rmtree(self.work, ignore_errors=True)
+        for path in self.out.glob(_HALF_WRITTEN):
+            path.unlink()
+
+
+def digest_tree(folder: Path) -> str:
+    """Return the digest of every file in a folder, by name, but for its card."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CARD):
+        digest.update(json.dumps([str(path.relative_to(folder)), digest_file(path)]).encode() + b"\n")
+    return "sha256:" + digest.hexdigest()
 
 
 @contextmanager
 def locked(out: Path) -> Generator[None]:
     """Create the folder and keep other processes out. Raises UsageError when one is in it, also on another thread."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: expected a folder for the run, found a file; name another one")
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -129,16 +154,22 @@ def locked(out: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def refuse_used(out: Path) -> None:
-    """Raise UsageError when `out` holds anything: a run starts in a new or empty folder."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: expected a folder for the run, found a file; name another one")
-    content = sorted(path.name for path in out.iterdir() if path.name != _LOCK) if out.is_dir() else []
-    if content:
-        raise UsageError(
-            f"{out}: expected a new or empty folder, found {', '.join(content[:3])}; "
-            "name another one, or go on with this run (--resume)"
-        )
+@contextmanager
+def resumable(out: Path) -> Generator[None]:
+    """Say how to go on when the disk is full or read-only, or when Ctrl-C ends the run.
+
+    Raises CheckpointError for a write that failed, whichever library tried it, and KeyboardInterrupt with a message.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"{out}: stopped; the same command with --resume (resume=True) goes on") from interrupt
+    except SecvecError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (what := _write_error(error)) is None:
+            raise
+        raise CheckpointError(f"{out}: a file could not be written: {what}, then go on with --resume") from error
 
 
 def open_run(out: Path, identity: Mapping[str, Any], *, resume: bool) -> RunFolder:
@@ -149,20 +180,53 @@ def open_run(out: Path, identity: Mapping[str, Any], *, resume: bool) -> RunFold
     """
     run = RunFolder(out)
     if not resume or not run.identity.exists():
-        refuse_used(out)
-        write_json(run.identity, {"format": "secvec.run", "version": VERSION, **identity})
+        _refuse_used(out)
+        write_json(run.identity, {"format": FORMAT, "version": VERSION, **identity})
         return run
     there = read_json(run.identity)
-    differing = [key for key, value in identity.items() if key != "versions" and there.get(key) != value]
-    if differing:
-        raise UsageError(f"{out}: cannot go on with this run: {_difference(differing[0], there, identity)}")
+    if (there.get("format"), there.get("version")) != (FORMAT, VERSION):
+        found = f"{there.get('format')!r} version {there.get('version')!r}"
+        raise UsageError(f"{out}: expected a run of format {FORMAT!r} version {VERSION}, found {found}; start anew")
+    # As the file holds it: tuples are lists there.
+    here = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
+    if differing := list(_differences({key: there.get(key) for key in here}, here)):
+        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise UsageError(
+            f"{out}: cannot go on with this run: {'; '.join(differing[:_SHOWN])}{more}; "
+            "give what it was started with, or name another folder"
+        )
     return run
 
 
-def _difference(key: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    old, new = there.get(key), here[key]
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = next((name for name in new if old.get(name) != new[name]), "")
-        if inner:
-            return _difference(inner, old, new)
-    return f"{key} was {old!r} and is now {new!r}; give what it was started with, or name another folder"
+def _refuse_used(out: Path) -> None:
+    """Raise UsageError when `out` holds anything: a run starts in a new or empty folder."""
+    names = [path.name for path in out.iterdir() if path.name != _LOCK and not path.match(_HALF_WRITTEN)]
+    if names:
+        raise UsageError(
+            f"{out}: expected a new or empty folder, found {', '.join(sorted(names)[:_SHOWN])}; "
+            "name another one, or go on with this run (--resume)"
+        )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each entry that differs, by its name; entries of inner objects are `outer.inner`."""
+    for key in [*here, *(key for key in there if key not in here)]:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(cast(dict[str, Any], old), cast(dict[str, Any], new), f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {old!r} and is now {new!r}"
+
+
+def _write_error(error: Exception) -> str | None:
+    """Return what a failed write needs, or None for another error; torch and safetensors have words of their own."""
+    text = str(error).strip().split("\n", 1)[0]
+    if isinstance(error, OSError):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{text}; make the folder writable"
+        return f"{text}; free some space" if error.errno in _FULL else None
+    return f"{text}; free some space" if any(words in text for words in _FULL_WORDS) else None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_FULL_WORDS = ("No space left", "File too large", "file write failed", "PytorchStreamWriter", "unexpected pos")

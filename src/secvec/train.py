@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
+from secvec.companions import model_config
 from secvec.errors import ArtifactError, CheckpointError, MissingExtraError, UsageError
 from secvec.fit import Rows, read_rows, refit
 from secvec.fold import fold
@@ -25,22 +26,26 @@ from secvec.provenance import (
     digest_tokenizer,
     versions,
 )
-from secvec.ranges import sync_tree
-from secvec.runfolder import RunFolder, locked, open_run
+from secvec.ranges import sync, sync_tree
+from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
 from secvec.samples import Samples
 from secvec.tokens import Encoded, encode_all
 from secvec.train_config import Progress, TrainConfig
-from secvec.tripwire import PROVENANCE, read_json, record_path, refuse_folded
+from secvec.tripwire import PROVENANCE, read_json, refuse_folded
 from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, proof_lines, prove
-    from secvec.trainer import Job, check_settings
+    from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
-except ImportError as error:  # trl, datasets or peft
-    raise MissingExtraError(error.name or "trl", "train") from error
+    from secvec.trainer_settings import check_settings
+except ImportError as error:
+    package = (error.name or "").partition(".")[0]
+    if package not in ("trl", "datasets", "peft"):
+        raise
+    raise MissingExtraError(package, "train") from error
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
@@ -85,7 +90,7 @@ class _Inputs:
             "data": digest_samples(self.data.rows),
             "vectors": [artifact.digest(vector) for vector in self.vectors],
             "unwanted": [digest_samples(samples.rows) for samples in self.unwanted],
-            "config": {**asdict(self.config), "trainer": dict(self.config.trainer)},
+            "config": asdict(replace(self.config, trainer=dict(self.config.trainer))),
             "versions": dict(versions()),
         }
 
@@ -120,18 +125,17 @@ def train(
     under method "lora", the proof `out/proof.json`. resume: go on with a run that was stopped at any moment.
 
     Raises RowError on unusable rows, ArtifactError and CheckpointError on vectors or models that do not fit, UsageError
-    on contradicting options, ProofError when the result cannot be proved clean: then no model is published.
+    on contradicting options, InputError when the training diverges, ProofError when the result cannot be proved clean:
+    then no model is published. A full disk is a CheckpointError; Ctrl-C stays a KeyboardInterrupt.
     """
     inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
     out = Path(out).absolute()
-    with locked(out):
+    with resumable(out), locked(out):
         run = open_run(out, inputs.identity(), resume=resume)
-        if inputs.vectors:
-            _defended(run, inputs, progress)
-        else:
-            _plain(run, inputs, progress)
-        run.phase("publish", lambda: _publish(run, inputs))
-        run.delete_work()
+        if "publish" not in run.finished():
+            (_defended if inputs.vectors else _plain)(run, inputs, progress)
+        run.phase("publish", lambda: _publish(run, inputs), lambda: _published(run, inputs))
+        run.clean()
         return _result(run, inputs)
 
 
@@ -173,10 +177,14 @@ def _check(
             "give --unwanted once for each --vector, in the same order"
         )
     loaded = [each if isinstance(each, SecurityVector) else artifact.load(each) for each in vectors]
+    digests = [artifact.digest(vector) for vector in loaded]
+    if len(set(digests)) < len(digests):
+        raise UsageError(f"expected different vectors, found one of them twice: {', '.join(digests)}")
     base = resolve(model).absolute()
     refuse_folded(base, "train")
     if (base / "adapter_config.json").exists():
         raise CheckpointError(f"{base}: expected a whole model, found an adapter; merge it into its base first")
+    model_config(base)
     tokenizer = load_tokenizer(base)
     for vector in loaded:
         _check_vector(vector, base, tokenizer)
@@ -201,18 +209,18 @@ def _check_vector(vector: SecurityVector, base: Path, tokenizer: PreTrainedToken
 
 
 def _plain(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
-    run.phase("train", lambda: _train(run, inputs, inputs.base, progress), lambda: _weights_digest(run, inputs))
-    run.phase("finish", lambda: finish_plain(run.trained, inputs.base, _fresh(run.unproved)))
+    run.phase("train", lambda: _train(run, inputs, inputs.base, progress), lambda: digest_tree(run.trained))
+    run.phase("finish", lambda: _finish(run, inputs), lambda: _left(run, inputs))
 
 
 def _defended(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
     if inputs.unwanted:
-        run.phase("calibrate", lambda: _calibrate(run, inputs, progress))
+        run.phase("calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = _vectors(run, inputs)
-    run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_file(record_path(run.folded)))
-    run.phase("train", lambda: _train(run, inputs, run.folded, progress), lambda: _weights_digest(run, inputs))
-    run.phase("unfold", lambda: _unfold(run, inputs, progress))
-    run.phase("prove", lambda: _prove(run, inputs, vectors))
+    run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
+    run.phase("train", lambda: _train(run, inputs, run.folded, progress), lambda: digest_tree(run.trained))
+    run.phase("unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run, inputs))
+    run.phase("prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
 def _calibrate(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
@@ -228,7 +236,11 @@ def _calibrate(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> st
             progress=progress,
         )
         artifact.save(calibrated, run.vector(i))
-    return ""
+    return _calibrated(run, inputs)
+
+
+def _calibrated(run: RunFolder, inputs: _Inputs) -> str:
+    return " ".join(digest_file(run.vector(i)) for i in range(len(inputs.vectors)))
 
 
 def _vectors(run: RunFolder, inputs: _Inputs) -> list[SecurityVector]:
@@ -238,28 +250,32 @@ def _vectors(run: RunFolder, inputs: _Inputs) -> list[SecurityVector]:
 
 
 def _fold(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    shutil.rmtree(run.folded, ignore_errors=True)
-    fold(inputs.base, vectors, run.folded, progress=_named(progress, "folding"))
-    return digest_file(record_path(run.folded))
+    fold(inputs.base, vectors, _fresh(run.folded), progress=_named(progress, "folding"))
+    return digest_tree(run.folded)
 
 
 def _train(run: RunFolder, inputs: _Inputs, source: Path, progress: Progress | None) -> str:
     _fresh(run.trained)
     job = Job(source, inputs.rows, inputs.tokenizer, inputs.config, run.checkpoints, run.trained, run.metrics)
     run_trainer(job, progress)
-    return _weights_digest(run, inputs)
+    sync_tree(run.trained)
+    return digest_tree(run.trained)
 
 
-def _weights_digest(run: RunFolder, inputs: _Inputs) -> str:
-    if inputs.config.method == "lora":
-        return digest_file(run.trained / "adapter_model.safetensors")
-    return digest_model(run.trained)
+def _finish(run: RunFolder, inputs: _Inputs) -> str:
+    finish_plain(run.trained, inputs.base, _fresh(run.unproved))
+    return digest_tree(run.unproved)
 
 
 def _unfold(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
     out = _fresh(run.unproved)
     unfold(run.trained, out, folded=run.folded, base=inputs.base, progress=_named(progress, "unfolding"))
-    return ""
+    return digest_tree(out)
+
+
+def _left(run: RunFolder, inputs: _Inputs) -> str:
+    """Return the digest of the result, which a run that was killed while it published has moved already."""
+    return digest_tree(run.unproved) if run.unproved.exists() else _published(run, inputs)
 
 
 def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -> str:
@@ -275,7 +291,12 @@ def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -
         rows=inputs.rows,
         unwanted=[encode_all(samples.rows, inputs.tokenizer, length) for samples in inputs.unwanted],
     )
+    run.proof.unlink(missing_ok=True)
     write_json(run.proof, prove(evidence))
+    return _proved(run, inputs)
+
+
+def _proved(run: RunFolder, inputs: _Inputs) -> str:
     return digest_file(run.proof)
 
 
@@ -291,10 +312,18 @@ def _publish(run: RunFolder, inputs: _Inputs) -> str:
     if run.unproved.exists():
         proof = read_json(run.proof) if inputs.vectors else None
         card = model_card(str(inputs.base), inputs.config, inputs.data, inputs.notes(), proof)
-        (run.unproved / "README.md").write_text(card, encoding="utf-8")
+        (run.unproved / CARD).write_text(card, encoding="utf-8")
         sync_tree(run.unproved)
         run.unproved.rename(result)
-    return ""
+        sync(run.out)
+    return _published(run, inputs)
+
+
+def _published(run: RunFolder, inputs: _Inputs) -> str:
+    result = run.result(inputs.config.method)
+    if not result.is_dir():
+        raise CheckpointError(f"{result}: expected the finished model, found nothing; start anew in another folder")
+    return digest_tree(result)
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

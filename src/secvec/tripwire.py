@@ -105,11 +105,10 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _adapter_state(folder: Path) -> State:
-    if (folder / PROVENANCE).exists():
-        return "defended"
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    on_folded = isinstance(base, str) and bool(base) and read_tripwire(Path(base)) is not None
-    return "adapter-on-folded" if on_folded else "adapter"
+    if isinstance(base, str) and base and read_tripwire(Path(base)) is not None:
+        return "adapter-on-folded"
+    return "defended" if (folder / PROVENANCE).exists() else "adapter"
 
 
 def _parse(mark: Mapping[str, Any]) -> Tripwire:

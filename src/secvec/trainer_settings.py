@@ -1,0 +1,151 @@
+"""The settings of TRL's trainer: those that are ours, those that are the user's, and those that are refused.
+
+Imports trl: import this module only where training starts.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl.trainer.sft_config import SFTConfig
+
+from secvec.errors import UsageError
+from secvec.train_config import TrainConfig
+
+_RECOMPUTE = ("activation_checkpointing", "gradient_checkpointing")
+
+_OURS = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "max_length": "max_length",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "save_steps": "save_every",
+    "report_to": "report_to",
+}
+_REFUSED = {
+    "it would publish a model with the security vector in it": (
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+        "hub_revision",
+    ),
+    "the rows are tokenised already, the same for the vector, the training and the proof": (
+        *("model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_text_field", "dataset_kwargs"),
+        *("dataset_num_proc", "eos_token", "pad_token", "truncation_mode", "shuffle_dataset", "packing"),
+        *("packing_strategy", "padding_free", "eval_packing", "completion_only_loss", "assistant_only_loss"),
+        *("remove_unused_columns", "label_names"),
+    ),
+    "a killed run could not go on from its checkpoints, bit for bit": (
+        *("output_dir", "save_strategy", "save_total_limit", "save_only_model", "save_on_each_node"),
+        *("ignore_data_skip", "resume_from_checkpoint", "auto_find_batch_size", "accelerator_config"),
+        "restore_callback_states_from_checkpoint",
+    ),
+    "there are no evaluation rows; use `secvec eval` on the result": (
+        *("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "batch_eval_metrics"),
+    ),
+    "`train` runs in one process; fold the model (`secvec fold`) and train it with your own launcher": (
+        *("deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
+    ),
+}
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuse settings for the trainer that it does not know, that have a field of ours, or that would harm the run.
+
+    Raises UsageError.
+    """
+    known = [field.name for field in dataclasses.fields(SFTConfig)]
+    for key, value in config.trainer.items():
+        if key not in known:
+            near = ", ".join(difflib.get_close_matches(key, known, n=3)) or "the fields of trl.SFTConfig"
+            raise UsageError(f"trainer.{key}: unknown setting of the trainer; expected one of {near}")
+        if key in _OURS:
+            raise UsageError(f"trainer.{key}: set {_OURS[key]!r} instead")
+        for reason, keys in _REFUSED.items():
+            if key in keys:
+                raise UsageError(f"trainer.{key}: refused, {reason}")
+        if not _is_json(value):
+            raise UsageError(f"trainer.{key}: expected a value that JSON can hold, found {value!r}")
+    _check_report_to(config.report_to)
+    _check_processes()
+    sft_config(config, Path("checkpoints"))
+
+
+def sft_config(config: TrainConfig, checkpoints: Path) -> SFTConfig:
+    """Return TRL's settings. Raises UsageError when it refuses them."""
+    defaults: dict[str, Any] = {
+        "logging_first_step": True,
+        # The filter would log the average of the steps before in the place of a loss that is not finite.
+        "logging_nan_inf_filter": False,
+        "weight_decay": 0.0,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **_whole_activations(config),
+    }
+    try:
+        return SFTConfig(
+            **{**defaults, **config.trainer},
+            output_dir=str(checkpoints),
+            learning_rate=config.step_size,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.grad_accumulation,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            seed=config.seed,
+            data_seed=config.seed,
+            bf16=config.dtype == "auto" and _has_bf16(),
+            fp16=False,
+            save_strategy="steps",
+            save_steps=config.save_every,
+            # The trainer would write TensorBoard's files among the checkpoints, which are deleted.
+            report_to="none" if config.report_to == "tensorboard" else config.report_to,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise UsageError(f"trainer: the trainer refuses its settings: {str(error).splitlines()[0]}") from error
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_report_to(report_to: str) -> None:
+    if report_to != "none" and find_spec(report_to) is None:
+        raise UsageError(f"report_to: {report_to} is not installed; run: pip install {report_to}")
+    uploads = os.environ.get("WANDB_LOG_MODEL", "false")
+    if report_to == "wandb" and uploads.lower() not in ("false", "0", ""):
+        raise UsageError(
+            f"WANDB_LOG_MODEL={uploads}: refused, it would upload a model with the security vector in it; unset it"
+        )
+
+
+def _check_processes() -> None:
+    elsewhere = "or fold the model (`secvec fold`) and train it with your own launcher"
+    if (count := torch.cuda.device_count()) > 1:
+        raise UsageError(f"expected one GPU, found {count}: make one visible (CUDA_VISIBLE_DEVICES=0), {elsewhere}")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(f"expected one process, found WORLD_SIZE={processes}: start without a launcher, {elsewhere}")
+
+
+def _whole_activations(config: TrainConfig) -> dict[str, bool]:
+    """Switch off recomputing activations, TRL's default, unless it was asked for, by its new name or its old one."""
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    names = [name for name in _RECOMPUTE if name in known]
+    return {} if any(name in config.trainer for name in _RECOMPUTE) else {names[0]: False}
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
