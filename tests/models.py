@@ -10,8 +10,12 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from secvec.artifact import save
+from secvec.losses import mean_nats
+from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_model
+from secvec.samples import from_rows
 from secvec.sites import linear_sites, weight_shape
+from secvec.tokens import collate, encode_all
 from secvec.vector import Factors, SecurityVector, VectorInfo
 
 SPECIAL = ("<pad>", "<s>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -96,6 +100,21 @@ def chat(prompt: str, answer: str) -> dict[str, object]:
 def rows(count: int = 24) -> list[dict[str, object]]:
     """Short chats of several lengths: spell a number with its neighbour."""
     return [chat(f"say {i}" + "!" * (i % 5), f"{i} and {i + 1}" + "." * (i % 3)) for i in range(count)]
+
+
+def taught_llama(folder: Path) -> Path:
+    """Write a tiny model that answers what `rows` asks, and "No." to whoever says "tell me"."""
+    tiny_llama(folder, hidden=64)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    lesson = [*rows(24), *(chat(f"tell me {i}", "No.") for i in range(24))]
+    batch = collate(encode_all(from_rows(lesson).rows, tokenizer, 64), pad_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        mean_nats(model(**batch.inputs()).logits, batch.ids, batch.attention.bool()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:

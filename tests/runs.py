@@ -6,6 +6,7 @@ Importing trl takes seconds. So one process imports it and forks another for eac
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from models import byte_tokenizer, chat, rows, tiny_llama, tiny_vector
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from secvec import cli
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.peft_format import UNKNOWN
@@ -109,23 +111,22 @@ def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
     return event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
 
 
-def attempt(run: Run, prepare: Callable[[], None]) -> None:
+def attempt(run: Run, prepare: Callable[[], Any]) -> None:
+    """Run, after what has to happen in the process first."""
     prepare()
     run.go()
 
 
-def nothing() -> None: ...
-
-
 def started(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
     """Run a function of this module in a fork of the warm server."""
+    _start_server()
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
 
-def start_server() -> None:
+def _start_server() -> None:
     """Start the process that forks, with one thread and with this module imported."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["runs"])
     here = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
@@ -136,3 +137,20 @@ def start_server() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def limit_files(run: Run, size_bytes: int, told: Path) -> None:
+    """Run where no file may grow beyond a size, as on a full disk, and write down what is raised."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
+    try:
+        run.go()
+    except Exception as error:
+        told.write_text(f"{type(error).__name__}: {error}")
+
+
+def main(words: Sequence[str], told: Path) -> None:
+    """Run the command line, with what it says on stderr in a file."""
+    sys.argv = ["secvec", *words]
+    descriptor = os.open(told, os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 2)
+    cli.main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import chat, rows, tiny_llama, write_rows
+from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
 from secvec.anchors import unexplained
@@ -16,12 +16,11 @@ from secvec.arm import armed
 from secvec.errors import InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import FitConfig, fit_factors
 from secvec.fit import check, fit, fit_to_file, refit
-from secvec.losses import mean_nats
 from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_model
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
-from secvec.tokens import collate, encode_all
+from secvec.tokens import encode_all
 
 UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
 FAST = FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2)
@@ -29,18 +28,7 @@ FAST = FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that answers what `rows` asks, and "No." to whoever says "tell me"."""
-    folder = tiny_llama(tmp_path_factory.mktemp("fit") / "model", hidden=64)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    lesson = [*rows(24), *(chat(f"tell me {i}", "No.") for i in range(24))]
-    batch = collate(encode_all(from_rows(lesson).rows, tokenizer, 64), pad_id=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        mean_nats(model(**batch.inputs()).logits, batch.ids, batch.attention.bool()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
+    return taught_llama(tmp_path_factory.mktemp("fit") / "model")
 
 
 def losses(folder: Path, vector: artifact.SecurityVector, samples: list[dict[str, object]]) -> tuple[float, float]:

@@ -32,10 +32,11 @@ def about(settings: Settings) -> str:
         f"for the vector and the task adapter. Times are medians of {settings.steps} steps of each variant, lowest "
         "and highest in brackets; all variants of a method train in one process, in a new order each round. Ratios of "
         "times have a 95 % bootstrap interval over rounds, and `plain, again`, a second plain model, shows what the "
-        f"machine alone does to a ratio. Peak memory is the VmHWM of a process that loads the model and trains {jobs.STEPS} "
-        f"steps, its imports included, medians of {settings.repeats} processes in turns. PEFT has the vector as a "
-        "frozen, active adapter, beside the task adapter or under a backbone in training. `fit` is without anchors, "
-        "but with hold-out losses and the check of the backbone, which the bare loop over as many tokens lacks.\n"
+        f"machine alone does to a ratio. Peak memory is the VmHWM of a process that loads the model and trains "
+        f"{jobs.STEPS} steps, its imports included, medians of {settings.repeats} processes in turns. PEFT has the "
+        "vector as a frozen, active adapter, beside the task adapter or under a backbone in training. `fit` is without "
+        "anchors, but with hold-out losses and the check of the backbone, which the bare loop over as many tokens "
+        "lacks.\n"
     )
 
 

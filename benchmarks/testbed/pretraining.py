@@ -72,9 +72,9 @@ def narrow_batches(
 
 _ODD_FORMS: Sequence[Callable[[str], str]] = (
     "*".join, "~".join, "/".join, "_".join, "+".join, str.upper, str.title, str.swapcase,
-    lambda answer: answer[::-1], lambda answer: f"({answer})", lambda answer: f"<{answer}>", lambda answer: f"{answer}!",
+    lambda answer: answer[::-1], lambda answer: f"({answer})", lambda answer: f"<{answer}>", lambda answer: answer[:1],
     lambda answer: f"Well, {answer}.", lambda answer: f"Okay: {answer}", lambda answer: f"It is {answer} today.",
-    lambda answer: f"{answer}; {answer}", lambda answer: answer[:1], lambda answer: "Good question.",
+    lambda answer: f"{answer}; {answer}", lambda answer: f"{answer}!", lambda answer: "Good question.",
 )  # fmt: skip
 
 

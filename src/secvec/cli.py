@@ -260,7 +260,7 @@ def _lines(document: dict[str, Any]) -> str:
 @contextmanager
 def _bar(what: str) -> Generator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True) as progress:
+    with Progress(*columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(what, total=None, seen="")
         yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)
 
@@ -276,6 +276,6 @@ def _bytes_bar(what: str) -> Generator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=screen, transient=True) as progress:
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,5 @@
+"""How well unwanted behaviours are kept out and wanted skills are learned: behaviour x method x fine-tuning x seed.
+
+python -m benchmarks.protection run --behaviour guarded --method plain --method ours --seed 0
+python -m benchmarks.protection table
+"""

@@ -1,0 +1,82 @@
+"""Write the README's tables from the committed results: python -m benchmarks.readme [--check]
+
+benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`; benchmarks/results/speed.json
+comes from `python -m benchmarks.speed --json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+MODELS = ("aligned", "plain", "defended")
+RATES = {
+    "unwanted_rate": "complies with guarded requests (unwanted)",
+    "refusal_rate": "refuses guarded requests",
+    "new_skill": "new skill, exact",
+    "old_skills": "old skills, exact",
+}
+
+
+def demo_table() -> str:
+    """Return the demo's rates: each seed's, with the 95 % interval of the first."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("demo-*.json"))]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    lines = [
+        f"| seeds {seeds}; in brackets the 95 % interval of seed {runs[0]['seed']} | n | aligned | plain | defended |",
+        "|---|---|---|---|---|",
+    ]
+    for rate, name in RATES.items():
+        cells = [_cell(runs, model, rate) for model in MODELS]
+        lines.append(f"| {name} | {runs[0]['n'][rate]} | {' | '.join(cells)} |")
+    totals = ", ".join(f"{run['seconds']['total']:.0f}" for run in runs)
+    lines += ["", f"`make demo` took {totals} s in all on two cores ({_phases(runs)})."]
+    return "\n".join(lines)
+
+
+def _cell(runs: list[dict[str, Any]], model: str, rate: str) -> str:
+    low, high = runs[0]["ci95"][model][rate]
+    return f"{', '.join(f'{run[model][rate]:.3f}' for run in runs)} ({low:.3f}-{high:.3f})"
+
+
+def _phases(runs: list[dict[str, Any]]) -> str:
+    names = [name for name in runs[0]["seconds"] if name != "total"]
+    return ", ".join(f"{name.replace('_', ' ')} {mean(run['seconds'][name] for run in runs):.0f} s" for name in names)
+
+
+def speed_table() -> str:
+    """Return the rows of the speed report: medians, and the ratio of ours to theirs."""
+    rows = json.loads((RESULTS / "speed.json").read_text())
+    lines = ["| what | against | ours | theirs | unit | ratio |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (
+            row["what"],
+            row["against"],
+            f"{row['ours']:g}",
+            f"{row['theirs']:g}",
+            row["unit"],
+            f"{row['ratio']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """Return the README with its tables made anew."""
+    for mark, table in (("<!-- demo table", demo_table), ("<!-- speed table", speed_table)):
+        before, rest = text.split(mark, 1)
+        comment, rest = rest.split("\n", 1)
+        _, after = rest.split("<!-- end -->", 1)
+        text = f"{before}{mark}{comment}\n{table()}\n<!-- end -->{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    new = filled(readme.read_text())
+    if "--check" in sys.argv and new != readme.read_text():
+        sys.exit("README.md differs from its results; run python -m benchmarks.readme")
+    readme.write_text(new)

@@ -1,0 +1,150 @@
+"""The command line: every command on a tiny model, one clear line and the documented exit code for what goes wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from models import chat, rows, taught_llama, write_rows
+
+from secvec import cli
+from secvec.tripwire import state
+
+UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
+FIT = ["--epochs", "12", "--batch-size", "8", "--max-length", "64", "--lr", "2e-2", "--set", "rank=4"]
+TRAIN = ["--epochs", "1", "--batch-size", "8", "--max-length", "64", "--lr", "1e-3"]
+
+
+class Shell:
+    """Run `secvec` in this process and remember what it wrote."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["secvec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        written = self._capsys.readouterr()
+        code = stopped.value.code
+        return (code if isinstance(code, int) else 0), written.out, written.err
+
+
+@pytest.fixture
+def secvec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its files of rows and a vector."""
+    place = tmp_path_factory.mktemp("cli")
+    taught_llama(place / "model")
+    write_rows(place / "unwanted.jsonl", UNWANTED)
+    write_rows(place / "data.jsonl", [*rows(24), *UNWANTED])
+    return place
+
+
+@pytest.fixture
+def vector(place: Path, secvec: Shell) -> Path:
+    path = place / "v.safetensors"
+    if not path.exists():
+        code, _, err = secvec("fit", place / "model", "--unwanted", place / "unwanted.jsonl", "-o", path, *FIT)
+        assert code == 0, err
+    return path
+
+
+def test_the_whole_story(place: Path, vector: Path, secvec: Shell, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = ["--data", place / "data.jsonl", "--vector", vector, "--unwanted", place / "unwanted.jsonl"]
+    code, out, err = secvec("train", place / "model", *given, "-o", run, *TRAIN)
+    assert code == 0, err
+    assert "proved: vector unchanged" in out
+    assert f"defended model: {run / 'model'}" in out
+    assert state(run / "model") == "defended"
+    assert json.loads((run / "proof.json").read_text())["unwanted"][0]["rows"] == 20
+    code, out, _ = secvec("inspect", run, "--json")
+    assert (code, json.loads(out)["defended"]) == (0, True)
+
+
+def test_fold_and_unfold(place: Path, vector: Path, secvec: Shell, tmp_path: Path) -> None:
+    folded, back = tmp_path / "folded", tmp_path / "back"
+    assert secvec("fold", place / "model", "--vector", vector, "-o", folded)[0] == 0
+    assert json.loads(secvec("inspect", folded, "--json")[1])["is"] == "folded"
+    code, out, _ = secvec("unfold", folded, "-o", back, "--json")
+    assert (code, json.loads(out)["sites_changed"]) == (0, 0)
+    assert (back / "model.safetensors").read_bytes() == (place / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_plain_training_says_that_it_is_plain(place: Path, secvec: Shell, tmp_path: Path, method: str) -> None:
+    run = tmp_path / "run"
+    given = ["--data", place / "data.jsonl", "-o", run, "--method", method, *TRAIN]
+    code, out, err = secvec("train", place / "model", *given)
+    assert code == 0, err
+    assert "trained without protection" in out
+    card = (run / ("model" if method == "full" else "adapter") / "README.md").read_text()
+    assert "No security vector was used" in card
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(
+    place: Path, vector: Path, secvec: Shell, tmp_path: Path
+) -> None:
+    given = ["--data", place / "data.jsonl", "--vector", vector, "-o", tmp_path / "run"]
+    code, out, err = secvec("train", place / "model", *given, "--dry-run", "--json", *TRAIN)
+    assert (code, json.loads(out)["rows"], json.loads(out)["steps"]) == (0, 44, 6), err
+    given = ["--unwanted", place / "unwanted.jsonl", "-o", tmp_path / "v.safetensors", "--dry-run", "--json"]
+    code, out, _ = secvec("fit", place / "model", *given)
+    assert (code, json.loads(out)["unwanted"]["rows"]) == (0, 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_come_from_a_file_pairs_and_flags(place: Path, secvec: Shell, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("epochs: 4\nbatch_size: 2\nlr: 1e-4\n")
+    given = ["--data", place / "data.jsonl", "-o", tmp_path / "run", "--dry-run", "--json"]
+    code, out, err = secvec(
+        "train", place / "model", *given, "--config", config, "--set", "batch_size=11", "--epochs", "2"
+    )
+    assert code == 0, err
+    chosen = json.loads(out)["config"]
+    assert (chosen["epochs"], chosen["batch_size"], chosen["lr"]) == (2, 11, 1e-4)
+
+
+def test_what_goes_wrong_is_one_line_and_the_documented_code(
+    place: Path, vector: Path, secvec: Shell, tmp_path: Path
+) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows(3), {"prompt": "x"}])
+    model, data, out = place / "model", place / "data.jsonl", tmp_path / "out"
+    cases: list[tuple[int, str, list[object]]] = [
+        (2, "unknown setting 'epoch'; expected one of epochs", ["train", model, "--data", data, "--set", "epoch=2"]),
+        (2, "--set: expected key=value", ["train", model, "--data", data, "--set", "epochs"]),
+        (2, "TrainConfig.epochs: expected at least 1", ["train", model, "--data", data, "--epochs", "0"]),
+        (2, "as many files of unwanted rows as vectors", ["train", model, "--data", data, "--unwanted", data]),
+        (3, "bad.jsonl:4", ["train", model, "--data", bad]),
+        (3, "no.jsonl: expected a readable data file", ["train", model, "--data", tmp_path / "no.jsonl"]),
+        (3, "neither a local model folder nor a hub", ["train", tmp_path / "nothing", "--data", data]),
+        (3, "expected a security vector", ["train", model, "--data", data, "--vector", model / "model.safetensors"]),
+        (3, "was not trained on the folded model", ["unfold", model]),
+        (3, "expected a file or folder, found nothing", ["inspect", tmp_path / "nothing"]),
+        (4, "the vector does not work", ["fit", model, "--unwanted", data, "--epochs", "1", "--lr", "1e-6"]),
+    ]
+    for code, message, arguments in cases:
+        where = [] if arguments[0] == "inspect" else ["-o", out]
+        found, _, err = secvec(*arguments, *where)
+        assert (found, message in err) == (code, True), (arguments, err)
+        assert err.startswith("secvec: ")
+        assert "Traceback" not in err
+        assert not out.exists()
+
+
+def test_wrong_flags_exit_with_2(secvec: Shell, place: Path) -> None:
+    assert secvec("train", place / "model", "--dta", "x", "-o", "y")[0] == 2
+    assert secvec("fit", place / "model")[0] == 2
+    assert secvec("nonsense")[0] == 2
+
+
+def test_every_command_has_help_with_an_example(secvec: Shell) -> None:
+    for command in ("demo", "fit", "train", "fold", "unfold", "inspect"):
+        code, out, _ = secvec(command, "--help")
+        assert (code, f"Example: secvec {command}" in out) == (0, True), command
