@@ -1,7 +1,7 @@
 """Write the README's tables from the committed results: python -m benchmarks.readme [--check]
 
-benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`; benchmarks/results/speed.json
-comes from `python -m benchmarks.speed --json`.
+benchmarks/results/demo-SEED.json are the `runs/demo/results.json` of `secvec demo --seed SEED`, speed.json there is from
+`python -m benchmarks.speed --json`.
 """
 
 import json

@@ -165,7 +165,7 @@ def test_copying_and_pickling_an_armed_model_is_refused(duplicate: Callable[[Pre
     model = llama()
     with (
         armed(model, random_vector(model)),
-        pytest.raises(ArmError, match="refusing to copy or pickle an armed model.*: disarm it first"),
+        pytest.raises(ArmError, match=r"refusing to copy or pickle an armed model.*: disarm it first"),
     ):
         duplicate(model)
     duplicate(model)

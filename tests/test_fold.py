@@ -14,12 +14,12 @@ import pytest
 import torch
 from checkpoints import gpt2, llama, logits, plus, random_vector, save_model, tensors, weight_files
 from safetensors.torch import save_file
-from secvec.provenance import digest_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secvec import blocks
 from secvec.errors import ArtifactError, CheckpointError, SiteError, UsageError
 from secvec.fold import fold
+from secvec.provenance import digest_model
 from secvec.tripwire import read_tripwire, refuse_folded, state
 from secvec.unfold import unfold
 from secvec.vector import Factors, SecurityVector, VectorInfo

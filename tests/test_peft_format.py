@@ -8,11 +8,11 @@ import torch
 from checkpoints import INFO, gpt2, llama, logits, plus, random_vector, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from secvec.provenance import digest_model
 from transformers import PreTrainedModel
 
 from secvec.errors import ArtifactError
 from secvec.peft_format import from_peft, to_peft
+from secvec.provenance import digest_model
 from secvec.vector import Factors, SecurityVector
 
 # peft reads a property that transformers is about to remove.

@@ -9,11 +9,11 @@ import torch
 from checkpoints import flip, gpt2, llama, logits, plus, random_ids, random_vector, save_model, tensors, weight_files
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from secvec.provenance import digest_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from secvec.errors import ArtifactError, CheckpointError, InputError
 from secvec.fold import fold
+from secvec.provenance import digest_model
 from secvec.tripwire import KEY, read_tripwire, state
 from secvec.unfold import unfold
 

@@ -155,12 +155,11 @@ def canary(model: nn.Module, batch: Mapping[str, Tensor]) -> Canary:
     armings = {arming.site: arming for arming in _armings(model)}
     if not armings:
         raise ArmError(f"canary: expected an armed model, found no armed site in {type(model).__name__}")
-    with _evaluating(model), torch.no_grad():
-        with _counting([*armings.values(), *_runs(model)]):
-            with_vector: Tensor = model(**batch).logits
-            fired = {site: arming.fired for site, arming in armings.items()}
-            with _suspended(model):
-                without_vector: Tensor = model(**batch).logits
+    with _evaluating(model), torch.no_grad(), _counting([*armings.values(), *_runs(model)]):
+        with_vector: Tensor = model(**batch).logits
+        fired = {site: arming.fired for site, arming in armings.items()}
+        with _suspended(model):
+            without_vector: Tensor = model(**batch).logits
     silent = [site for site, count in fired.items() if count == 0]
     if silent:
         raise ArmError(
@@ -247,8 +246,8 @@ def _check_whole(model: nn.Module, sites: set[str], runs: _Runs) -> None:
     silent = [site for site, fired in left.items() if fired == 0]
     if silent and (runs.fired or len(silent) < len(left)):
         raise ArmError(
-            f"{len(silent)} of {len(left)} sites never ran their vector while armed, first {silent[0]}: something calls "
-            "the weights without the modules (a fused kernel?); what ran was not protected"
+            f"{len(silent)} of {len(left)} sites never ran their vector while armed, first {silent[0]}: something "
+            "calls the weights without the modules (a fused kernel?); what ran was not protected"
         )
 
 

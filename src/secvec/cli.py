@@ -260,7 +260,9 @@ def _lines(document: dict[str, Any]) -> str:
 @contextmanager
 def _bar(what: str) -> Generator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    with Progress(
+        *columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=not screen.is_terminal
+    ) as progress:
         task = progress.add_task(what, total=None, seen="")
         yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)
 
