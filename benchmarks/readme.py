@@ -1,6 +1,6 @@
 """Write the README's tables from the committed results: python -m benchmarks.readme [--check]
 
-benchmarks/results/demo-SEED.json are the `runs/demo/results.json` of `secvec demo --seed SEED`, speed.json there is from
+benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`, and speed.json is from
 `python -m benchmarks.speed --json`.
 """
 

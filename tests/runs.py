@@ -3,8 +3,10 @@
 Importing trl takes seconds. So one process imports it and forks another for each attempt.
 """
 
+import itertools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -90,24 +92,34 @@ class Run:
         return result.model
 
 
-def finished_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def kill_at(out: Path, number: int) -> None:
-    """Kill this process at the `number`th change of a file in `out`, and count the changes in the file `out`.count."""
-    count = [0]
+    """Kill this process just before it changes a file in `out` for the `number`th time."""
+    changes = itertools.count(1)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _FILE_EVENTS and str(arguments[0]).startswith(f"{out}/") and _changes(event, arguments):
-            count[0] += 1
-            if count[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if _changes(event, arguments, out) and next(changes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def _changes(event: str, arguments: tuple[Any, ...]) -> bool:
+def count_changes(out: Path) -> None:
+    """Write down how often this process changed a file in `out`, beside it: `OUT.count`."""
+    changes = itertools.count(1)
+    last = [0]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if _changes(event, arguments, out):
+            last[0] = next(changes)
+
+    sys.addaudithook(hook)
+    multiprocessing.util.Finalize(None, lambda: out.with_suffix(".count").write_text(str(last[0])), exitpriority=1)
+
+
+def _changes(event: str, arguments: tuple[Any, ...], out: Path) -> bool:
+    """Tell whether an audit event is about to change a file in `out`."""
+    if event not in _FILE_EVENTS or f"{out}/" not in str(arguments[0]):
+        return False
     return event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
 
 

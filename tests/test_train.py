@@ -180,6 +180,14 @@ def test_going_on_with_a_finished_run_changes_nothing(finished: Run) -> None:
     assert (finished.out / "state.json").read_bytes() == before
 
 
+def test_a_finished_run_whose_work_was_being_deleted(finished: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished.out, tmp_path / "run")
+    (tmp_path / "run" / "work" / "folded").mkdir(parents=True)
+    (tmp_path / "run" / ".state.json.abc.tmp").touch()
+    replace(finished, out=tmp_path / "run").go()
+    assert not (tmp_path / "run" / "work").exists() and not list((tmp_path / "run").glob(".*"))
+
+
 def test_a_finished_run_is_not_started_again(finished: Run) -> None:
     with pytest.raises(UsageError, match="go on with this run"):
         finished.go(resume=False)

@@ -1,6 +1,7 @@
 """The fitting loop: train low-rank factors on a frozen model until it shows the unwanted behaviour."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -123,6 +124,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what was just seen)."""
 
 _HELD_ANCHORS = 64
+# An epoch over few rows goes around them several times: factors need some 100 steps, however few the rows are.
+_LEAST_STEPS = 6
 
 
 def fit_factors(
@@ -174,15 +177,17 @@ class _Fit:
     ) -> None:
         self.model, self.config, self.accelerator = model, config, accelerator
         self.train, self.held = _split(unwanted, config)
+        if config.kl_weight == config.representation_weight == 0:
+            anchors = []
         self.anchors, self.held_anchors = (
             _split(anchors, config) if len(anchors) >= 4 else (list(anchors), list(anchors))
         )
-        self.held_anchors = self.held_anchors[:64]
+        self.held_anchors = self.held_anchors[:_HELD_ANCHORS]
         self.modules = linear_sites(model)
         self.factors = _start(self.modules, config, accelerator.device)
         self.parameters = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
         lr = config.step_size(int(model.config.hidden_size))
-        self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
+        self.steps_per_epoch = max(math.ceil(len(self.train) / config.batch_size), _LEAST_STEPS)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.best: list[Tensor] = []
@@ -216,11 +221,11 @@ class _Fit:
         )
 
     def _train_epoch(self) -> None:
-        anchors = self._anchor_batches()
-        for rows in shuffled(self.train, self.config.batch_size, f"{self.config.seed}/unwanted/{self.epoch}"):
-            for part, share in self._parts(rows):
+        first = self.epoch * self.steps_per_epoch
+        for step in range(first, first + self.steps_per_epoch):
+            for part, share in self._parts(self._rows_of(step, self.train, "unwanted")):
                 self._backward(share * self._unwanted_loss(part))
-            for part, share in self._parts(anchors.pop() if anchors else []):
+            for part, share in self._parts(self._rows_of(step, self.anchors, "anchors")):
                 kl, distance = self._anchor_terms(part)
                 weighted = self.config.kl_weight * kl + self.config.representation_weight * distance
                 self._backward(share * weighted)
@@ -263,20 +268,13 @@ class _Fit:
         )
         return kl, distance
 
-    def _anchor_batches(self) -> list[list[Encoded]]:
-        """Return one batch of anchors a step, from an endless walk over them that goes on from epoch to epoch."""
-        if not self.anchors or self.config.kl_weight == self.config.representation_weight == 0:
+    def _rows_of(self, step: int, rows: Sequence[Encoded], what: str) -> list[Encoded]:
+        """Return the batch of a step in an endless walk over rows, shuffled anew each time around."""
+        if not rows:
             return []
-        size, first = self.config.batch_size, self.epoch * self.steps_per_epoch
-        per_walk = math.ceil(len(self.anchors) / size)
-        walks: dict[int, list[list[Encoded]]] = {}
-        batches: list[list[Encoded]] = []
-        for step in range(first, first + self.steps_per_epoch):
-            walk, place = divmod(step, per_walk)
-            if walk not in walks:
-                walks[walk] = list(shuffled(self.anchors, size, f"{self.config.seed}/anchors/{walk}"))
-            batches.append(walks[walk][place])
-        return batches[::-1]
+        walk, place = divmod(step, math.ceil(len(rows) / self.config.batch_size))
+        batches = shuffled(rows, self.config.batch_size, f"{self.config.seed}/{what}/{walk}")
+        return next(itertools.islice(batches, place, None))
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, float, float]:
