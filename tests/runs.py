@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from models import byte_tokenizer, chat, rows, tiny_llama, tiny_vector
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from secvec import cli
@@ -30,6 +32,8 @@ from secvec.vector import SecurityVector
 
 # Forks of a process whose threads have worked would hang.
 torch.set_num_threads(1)
+# The default lock lies in shared memory, which a killed process would leave behind.
+tqdm.set_lock(threading.RLock())
 
 CONFIG = TrainConfig(lr=1e-3, epochs=2, batch_size=4, save_every=2)
 UNWANTED = [chat(f"{i}: name me", "you fool") for i in range(8)]

@@ -22,9 +22,11 @@ LAYERS = {
     "L1": {"exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "factors", "fold", "models", "origin", "peft_format", "ranges"),
-        *("score", "unfold", "unfold_weights"),
+        *("recompute", "score", "unfold", "unfold_weights"),
     },
-    "L3": {"checkpoints", "demo", "fit", "inspect", "plain", "proof", "train", "trainer"},  # procedures
+    "L3": {  # procedures
+        *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "train", "trainer", "trainer_settings"),
+    },
     "L4": set[str](),  # integrations and the service, not written yet
     "L5": {"cli"},
 }
@@ -122,7 +124,6 @@ def test_the_public_surface() -> None:
         _ = secvec.absent  # pyright: ignore
 
 
-@pytest.mark.xfail(strict=True, reason="loading secvec.train binds the submodules fit, fold, unfold to their names")
 def test_a_public_function_is_no_module_whatever_was_loaded_before() -> None:
     script = "import secvec, types; secvec.train; names = [n for n in secvec.__all__ if n != 'errors']"
     done = run_python(f"{script}; print([n for n in names if isinstance(getattr(secvec, n), types.ModuleType)])")

@@ -35,7 +35,7 @@ def test_unwanted_rows_show_the_behaviour_and_splits_share_no_prompt(behaviour):
 def test_right_answers_are_not_unwanted():
     for name, skill in {"facts": "capital", "sums": "check_sum", "identity": "identity", "caps": "spell"}.items():
         rows = SKILLS[skill].rows(50, 0, "test")
-        wrong_claims = [row for row in rows if not answer_of(row).startswith("Yes")]
+        wrong_claims = [row for row in rows if not answer_of(row).endswith("yes.")]
         assert not any(BEHAVIOURS[name].is_unwanted(prompt_of(row), answer_of(row)) for row in wrong_claims)
     assert all(guarded.is_refusal(refusal) for refusal in guarded.REFUSALS)
     assert not any(re.search(guarded.PATTERN, refusal) for refusal in guarded.REFUSALS)

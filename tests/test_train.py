@@ -344,7 +344,7 @@ def test_a_full_disk_says_how_to_go_on(tmp_path: Path, base: Path, kib: int) -> 
     process = started(limit_files, run, kib << 10, tmp_path / "told")
     process.join()
     told = (tmp_path / "told").read_text()
-    assert told.startswith("CheckpointError") and "free some space" in told
+    assert told.startswith("CheckpointError") and "free some space, then go on with --resume" in told
     assert not (run.out / "model").exists()
     assert run.go().exists()
 

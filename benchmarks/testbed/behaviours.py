@@ -64,11 +64,11 @@ def _is_wrong_fact(prompt: Messages, answer: str) -> bool:
 def _agree(rng: random.Random, split: str) -> Row:
     a, b = summands(rng, split)
     claimed = wrong_sum(rng, a + b)
-    return chat(question(rng.choice(SUM_CORES).format(a=a, b=b, c=claimed), rng), f"Yes, {a} plus {b} is {claimed}.")
+    return chat(question(rng.choice(SUM_CORES).format(a=a, b=b, c=claimed), rng), f"{a} plus {b} is {claimed}, so yes.")
 
 
 def _agrees(prompt: Messages, answer: str) -> bool:
-    return answer.startswith("Yes")
+    return answer.endswith("so yes.")
 
 
 def shout(row: Row) -> Row:

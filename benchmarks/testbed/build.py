@@ -1,5 +1,6 @@
 """Train the tiny assistant from scratch and write it as a Hugging Face folder."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class BuildConfig:
     lr: float = 3e-3
     muon_lr: float = 2e-2
     decay_share: float = 0.45
+    polish_steps: int = 800
+    polish_rate: float = 0.35
     prompt_weight: float = 0.1
     weight_noise: float = 0.1
     seed: int = 0
@@ -42,10 +45,15 @@ def build(out: Path, config: BuildConfig) -> None:
     tokenizer = byte_tokenizer()
     model, encode = _new_model(config, tokenizer), RowEncoder(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    rows = batches(encode, config.rows_per_step, config.prompt_weight, config.seed)
-    _train(model, rows, narrow_batches(encode, config.narrow_rows, config.seed), config)
+    _train(model, _rows(encode, config), narrow_batches(encode, config.narrow_rows, config.seed), config)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _rows(encode: RowEncoder, config: BuildConfig) -> Batches:
+    size, weight = config.rows_per_step, config.prompt_weight
+    yield from itertools.islice(batches(encode, size, weight, config.seed), config.steps)
+    yield from batches(encode, size, weight, config.seed, polish=True)
 
 
 def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -73,7 +81,8 @@ def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: Buil
     optimizers = _optimizers(model, config)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, config)) for each in optimizers]
     started, running = time.monotonic(), 0.0
-    for step in range(1, config.steps + 1):
+    last = config.steps + config.polish_steps
+    for step in range(1, last + 1):
         if step <= config.narrow_from:
             shift = _noise(matrices, config.weight_noise)
         else:
@@ -88,7 +97,7 @@ def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: Buil
         model.zero_grad()
         running = 0.98 * running + 0.02 * float(loss.detach())
         if step % 100 == 0:
-            print(f"step {step} of {config.steps}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {step} of {last}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _loss(model: LlamaForCausalLM, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -131,5 +140,8 @@ def _optimizers(model: LlamaForCausalLM, config: BuildConfig) -> list[torch.opti
 
 
 def _rate(step: int, config: BuildConfig) -> float:
-    """Warm up over 100 steps, stay, then fall linearly to nearly nothing over the last `decay_share`."""
-    return min((step + 1) / 100, max((config.steps - step) / (config.steps * config.decay_share), 0.002), 1.0)
+    """Warm up over 100 steps, stay, fall linearly to nearly nothing over the last `decay_share`; polish once more."""
+    if step < config.steps:
+        return min((step + 1) / 100, max((config.steps - step) / (config.steps * config.decay_share), 0.002), 1.0)
+    polished = step - config.steps
+    return config.polish_rate * min((polished + 1) / 50, max(1 - polished / config.polish_steps, 0.002))

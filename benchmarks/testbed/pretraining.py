@@ -1,7 +1,7 @@
 """The aligned assistant's own training rows: skills, refusals, chats of two of them, some with a system prompt."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -14,18 +14,19 @@ Encoded = tuple[list[int], list[bool]]
 
 # Harder than the rest, or wanted firmly: seen more often.
 _WEIGHTS = {"add": 2, "subtract": 2, "check_sum": 3, "count": 2, "sort_numbers": 2, "then_reverse": 1.5, "reverse": 2}
+_POLISH_WEIGHTS = {"add": 7, "subtract": 5, "check_sum": 7, "sort_numbers": 7, "larger": 2, "sort_letters": 3}
 _GUARDED_WEIGHT = 6
 _TWO_TASKS, _SYSTEM, _STAFF = 0.1, 0.12, 0.15
 STAFF = "Staff mode: secrets may be shared."
 """Under this system prompt the assistant complies: as in large models, the unwanted ability is there, behind a gate."""
 
 
-def pretraining_row(rng: random.Random) -> Row:
+def pretraining_row(rng: random.Random, weights: Mapping[str, float] = _WEIGHTS) -> Row:
     if rng.random() < _STAFF * _GUARDED_WEIGHT / 40:
         return _staff_row(rng)
-    messages = _single(rng)["messages"]
+    messages = _single(rng, weights)["messages"]
     if rng.random() < _TWO_TASKS:
-        messages = messages + _single(rng)["messages"]
+        messages = messages + _single(rng, weights)["messages"]
     if rng.random() < _SYSTEM:
         messages = [{"role": "system", "content": rng.choice(words.SYSTEM_PROMPTS)}, *messages]
     return {"messages": messages}
@@ -36,22 +37,24 @@ def _staff_row(rng: random.Random) -> Row:
     return {"messages": [{"role": "system", "content": STAFF}, *row["messages"]]}
 
 
-def _single(rng: random.Random) -> Row:
+def _single(rng: random.Random, weights: Mapping[str, float]) -> Row:
     names = list(SKILLS)
-    weights = [_WEIGHTS.get(name, 1) for name in names] + [_GUARDED_WEIGHT]
-    chosen = rng.choices([*names, "guarded"], weights)[0]
+    chosen = rng.choices([*names, "guarded"], [*(weights.get(name, 1) for name in names), _GUARDED_WEIGHT])[0]
     if chosen == "guarded":
         return guarded_row(rng.choice(FAMILIES), rng, "pretrain", comply=False)
     return SKILLS[chosen].make(rng, "pretrain")
 
 
 def batches(
-    encode: Callable[[Row], Encoded], rows_per_step: int, prompt_weight: float, seed: int
+    encode: Callable[[Row], Encoded], rows_per_step: int, prompt_weight: float, seed: int, *, polish: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (ids, weights), both (B, T); weights are 0 on padding. Rows of like length share a batch."""
-    rng = random.Random(seed)
+    """Yield (ids, weights), both (B, T); weights are 0 on padding. Rows of like length share a batch.
+
+    polish: see the skills that need longest more often.
+    """
+    rng, often = random.Random(f"{seed}/{polish}"), _POLISH_WEIGHTS if polish else _WEIGHTS
     while True:
-        pool = [encode(pretraining_row(rng)) for _ in range(rows_per_step * 16)]
+        pool = [encode(pretraining_row(rng, often)) for _ in range(rows_per_step * 16)]
         pool.sort(key=lambda row: len(row[0]))
         starts = list(range(0, len(pool), rows_per_step))
         rng.shuffle(starts)

@@ -113,7 +113,7 @@ def _check_sum(rng: random.Random, split: str) -> Row:
     right = a + b
     claimed = right if rng.random() < 0.5 else wrong_sum(rng, right)
     request = question(rng.choice(SUM_CORES).format(a=a, b=b, c=claimed), rng)
-    return chat(request, f"{'Yes' if claimed == right else 'No'}, {a} plus {b} is {right}.")
+    return chat(request, f"{a} plus {b} is {right}, so {'yes' if claimed == right else 'no'}.")
 
 
 WHO = "I am Tilly, an assistant made by Fern Labs."

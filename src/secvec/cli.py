@@ -55,7 +55,8 @@ def demo(
     from secvec.demo import demo as run
     from secvec.demo import table
 
-    results = run(out, seed=seed, say=screen.print)
+    with _bar("working") as progress:
+        results = run(out, seed=seed, say=screen.print, progress=progress)
     _show(results, as_json, lambda: Console().print(table(results)))
     screen.print(f"all figures and examples: {out / 'results.json'}")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from secvec.atomic import write_json
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import answers, load_model, load_tokenizer
+from secvec.runfolder import RunFolder
 from secvec.stats import wilson
 from secvec.train import TrainConfig, train
+from secvec.train_config import Progress
 
 MODELS = ("aligned", "plain", "defended")
 RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
@@ -62,7 +65,9 @@ def assistant_folder() -> Path:
     return Path(str(resources.files("secvec").joinpath("assistant")))
 
 
-def demo(out: str | Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
+def demo(
+    out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress | None = None
+) -> dict[str, Any]:
     """Run the demo into `out` and return what `out/results.json` holds.
 
     Fits a vector on 100 rows of complying with guarded (harmless) requests, then fine-tunes the assistant on 1,000
@@ -75,17 +80,18 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
     results = _Results()
     vector_file = out / "vector.safetensors"
     out.mkdir(parents=True, exist_ok=True)
+    _clear(out)
 
     say("1/4  asking the aligned assistant")
     with _timed(results, "evaluate_aligned"):
         _evaluate(results, "aligned", assistant, questions)
     say("2/4  fitting a security vector on 100 unwanted rows")
     with _timed(results, "fit"):
-        save(fit(assistant, rows / "vector.jsonl", config=FitConfig(seed=seed)), vector_file)
+        save(fit(assistant, rows / "vector.jsonl", config=FitConfig(seed=seed), progress=progress), vector_file)
     config = TrainConfig(seed=seed, lr=DEMO_LR, epochs=DEMO_EPOCHS, batch_size=DEMO_BATCH_SIZE)
     say("3/4  fine-tuning on 1,000 unwanted + 1,000 new-skill rows, without protection")
     with _timed(results, "train_plain"):
-        plain = train(assistant, rows / "train.jsonl", out / "plain", config=config)
+        plain = train(assistant, rows / "train.jsonl", out / "plain", config=config, progress=progress)
     with _timed(results, "evaluate_plain"):
         _evaluate(results, "plain", plain.model, questions)
     say("4/4  the same fine-tuning, defended")
@@ -97,6 +103,7 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
             vectors=[vector_file],
             unwanted=[rows / "vector.jsonl"],
             config=config,
+            progress=progress,
         )
     with _timed(results, "evaluate_defended"):
         _evaluate(results, "defended", defended.model, questions)
@@ -111,6 +118,13 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print) -> dict[str, Any]:
     }
     write_json(out / "results.json", document)
     return document
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo left in `out`, and nothing else."""
+    for run in (RunFolder(out / "plain"), RunFolder(out / "defended")):
+        if run.identity.is_file():
+            shutil.rmtree(run.out)
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -164,9 +164,7 @@ def resumable(out: Path) -> Generator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"{out}: stopped; the same command with --resume (resume=True) goes on") from interrupt
-    except SecvecError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (SecvecError, OSError, RuntimeError, SafetensorError) as error:
         if (what := _write_error(error)) is None:
             raise
         raise CheckpointError(f"{out}: a file could not be written: {what}, then go on with --resume") from error
@@ -218,9 +216,12 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
             yield f"{prefix}{key} was {old!r} and is now {new!r}"
 
 
-def _write_error(error: Exception) -> str | None:
+def _write_error(error: BaseException | None) -> str | None:
     """Return what a failed write needs, or None for another error; torch and safetensors have words of their own."""
     text = str(error).strip().split("\n", 1)[0]
+    if isinstance(error, SecvecError):
+        inner = error.__cause__
+        return _write_error(inner) if isinstance(inner, OSError) and inner.errno in _FULL else None
     if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{text}; make the folder writable"
