@@ -12,4 +12,6 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     rate, z2 = successes / n, _Z95 * _Z95
     middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # At the ends the formula gives 0 and 1, but for rounding.
+    low = 0.0 if successes == 0 else middle - half
+    return low, 1.0 if successes == n else middle + half
