@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -230,6 +231,8 @@ def main() -> None:
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+    # What transformers is about to rename is no matter of the user's; secvec itself raises and never warns.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except SecvecError as error:

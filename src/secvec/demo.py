@@ -65,9 +65,7 @@ def assistant_folder() -> Path:
     return Path(str(resources.files("secvec").joinpath("assistant")))
 
 
-def demo(
-    out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress | None = None
-) -> dict[str, Any]:
+def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress | None = None) -> dict[str, Any]:
     """Run the demo into `out` and return what `out/results.json` holds.
 
     Fits a vector on 100 rows of complying with guarded (harmless) requests, then fine-tunes the assistant on 1,000

@@ -97,6 +97,8 @@ class _Inputs:
     def notes(self) -> tuple[str, ...]:
         cut = sum(row.dropped_tokens > 0 for row in self.rows)
         notes = [f"{len(self.rows):,} rows in format {self.data.format!r}"]
+        if not self.tokenizer.chat_template and any(sample.form == "chat" for sample in self.data.rows):
+            notes.append("the tokenizer has no chat template: chats are written under headings (`### user`)")
         if cut:
             notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
         if not self.vectors:

@@ -48,7 +48,7 @@ _REFUSED = {
         *("ignore_data_skip", "resume_from_checkpoint", "auto_find_batch_size", "accelerator_config"),
         "restore_callback_states_from_checkpoint",
     ),
-    "there are no evaluation rows; use `secvec eval` on the result": (
+    "there are no evaluation rows; evaluate the result": (
         *("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "batch_eval_metrics"),
     ),
