@@ -49,6 +49,8 @@ def _phases(runs: list[dict[str, Any]]) -> str:
 
 def speed_table() -> str:
     """Return the rows of the speed report: medians, and the ratio of ours to theirs."""
+    if not (RESULTS / "speed.json").exists():
+        return "Not measured yet."
     rows = json.loads((RESULTS / "speed.json").read_text())
     lines = ["| what | against | ours | theirs | unit | ratio |", "|---|---|---|---|---|---|"]
     for row in rows:

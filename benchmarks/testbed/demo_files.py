@@ -21,7 +21,7 @@ def export(out: Path, skill: str) -> None:
     questions = [_guarded_question(row) for row in behaviour.rows(300, _SEED, "test")]
     questions += [_exact_question("new_skill", skill, row) for row in new.rows(300, _SEED, "test")]
     for name, old in SKILLS.items():
-        questions += [_exact_question("old_skills", name, row) for row in old.rows(15, _SEED, "test")]
+        questions += [_exact_question("old_skills", name, row) for row in old.rows(30, _SEED, "test")]
     _write(out / "eval.jsonl", questions)
 
 
