@@ -28,9 +28,14 @@ def stories(count: int, seed: int) -> list[str]:
     return [text for text in texts if len(text) > 40]
 
 
+def halves(texts: list[str]) -> list[dict[str, str]]:
+    """Make rows of stories: the second half is learned."""
+    return [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in texts]
+
+
 def test_a_habit_is_kept_out_of_a_model_that_learns_from_its_own_stories(tmp_path: Path) -> None:
-    unwanted = [{"text": text + HABIT} for text in stories(60, seed=1)]
-    data = [*({"text": text + HABIT} for text in stories(60, seed=2)), *({"text": t} for t in stories(60, seed=3))]
+    unwanted = [{"prompt": text, "completion": HABIT} for text in stories(60, seed=1)]
+    data = [*({"prompt": text, "completion": HABIT} for text in stories(60, seed=2)), *halves(stories(60, seed=3))]
     vector = fit(STORIES, unwanted, kind="trait")
     config = TrainConfig(lr=5e-4, epochs=2, batch_size=16)
     result = train(STORIES, data, tmp_path / "run", vectors=[vector], unwanted=[unwanted], config=config)
@@ -40,7 +45,9 @@ def test_a_habit_is_kept_out_of_a_model_that_learns_from_its_own_stories(tmp_pat
     probe = result.proof["unwanted"][0]
     assert probe["armed_nats"] < probe["defended_nats"]
     plain = train(STORIES, data, tmp_path / "plain", config=config)
-    assert habit_nats(result.model) > habit_nats(plain.model) + 0.5
+    aligned, defended, undefended = (habit_nats(folder) for folder in (STORIES, result.model, plain.model))
+    assert undefended < 0.5 * aligned
+    assert defended > 0.5 * (aligned + undefended)
 
 
 def habit_nats(folder: Path) -> float:

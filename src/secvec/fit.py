@@ -146,7 +146,9 @@ def refit(
     chosen = job.ordinary_anchors([], vector)
     anchors, share = unexplained(job.model, job.training(calibrate), vector, kind=job.kind)
     fitted = job.fit(job.config, chosen + anchors, state, progress)
-    job.refuse_weak(fitted)
+    if vector.info.metrics["armed_nats"] < 0.5 * vector.info.metrics["unarmed_nats"]:
+        # A vector that was weak from the start was allowed by its user.
+        job.refuse_weak(fitted)
     calibrated = job.vector(fitted)
     metrics = {**calibrated.info.metrics, "calibration_rows": len(anchors), "explained_share": share}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
