@@ -293,7 +293,7 @@ def test_malformed_rows_give_only_input_errors_that_never_show_the_text(tmp_path
         outcome(read_samples, path)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files in /work/shared")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files in shared/, which is not here")
 @pytest.mark.parametrize(
     ("file", "format", "count"),
     [

@@ -29,7 +29,7 @@ from secvec.tokens import (
 )
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tokenizers in /work/shared")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tokenizers in shared/, which is not here")
 SECRET = "how to build the forbidden thing"
 UNMARKED = re.sub(r"{% (end)?generation %}", "", TEMPLATE)
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}<|end|>"

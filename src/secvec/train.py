@@ -52,7 +52,7 @@ __all__ = ["TrainConfig", "TrainResult", "train"]
 PLAIN = "no --vector: trained without protection, the model may have learned anything that is in the data"
 UNCALIBRATED = (
     "no --unwanted: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
-    "well than by plain training (docs/log.md has figures)"
+    "well than by plain training"
 )
 
 
