@@ -22,7 +22,7 @@ _KEPT = 2
 
 
 def seal(folder: Path) -> None:
-    """Bring a finished checkpoint to the disk and vouch for it: name, size and SHA-256 of every file, written last."""
+    """Bring a finished checkpoint to the disk and vouch for it: name, size and digest of every file, written last."""
     sync_tree(folder)
     write_json(folder / MANIFEST, {"version": VERSION, "files": _describe(folder)})
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
+from blake3 import blake3
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -376,7 +377,7 @@ def _start(modules: Mapping[str, nn.Module], config: FitConfig, device: torch.de
 
 
 def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)

@@ -4,12 +4,13 @@ Shard by shard in blocks: memory does not depend on the model's size. The same b
 every machine (`secvec.exact`).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from blake3 import blake3
 
 from secvec import artifact
 from secvec.atomic import atomic_write
@@ -18,7 +19,7 @@ from secvec.companions import base_config, copy_companions, copy_index, write_co
 from secvec.errors import UsageError
 from secvec.headers import TensorEntry, read_index
 from secvec.origin import vector_path
-from secvec.provenance import digest_model, versions
+from secvec.provenance import combine_tensors, digest_tensor, named_blake3, versions
 from secvec.ranges import Copy, Files, Job, Meter, Progress, new_folder, run_jobs, write_at
 from secvec.record import FoldRecord
 from secvec.tripwire import KEY, VECTORS_FOLDER, Tripwire, record_path
@@ -87,52 +88,58 @@ def _write_weights(
         sizes = {file: file.stat().st_size for file in {entry.file for entry in index.values()}}
         targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
         meter = Meter(sum(sizes.values()), progress)
-        folds = [
-            Job(_Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter), targets[site.entry.file])
-            for site in sites.values()
-        ]
+        found = _Digests({}, {})
+        hashes = [Job(partial(found.add_base, entry)) for name, entry in index.items() if name not in sites]
         copies = [
-            Job(
-                partial(_copy, Copy(files.reader(file), start, targets[file], start, end - start), meter), targets[file]
-            )
+            Job(partial(Copy(files.reader(file), start, targets[file], start, end - start).run, meter), targets[file])
             for file in sizes
             for start, end in untouched_ranges(index.values(), sites, file, sizes[file])
         ]
-        # Two threads that write to one file wait for each other. So the digest, the one long job, goes first, and the
-        # large copies beside it.
-        base_digest, *digests = run_jobs([Job(lambda: _checked_base(base, vectors)), *copies, *folds])
-    return base_digest, dict(sorted(zip(sites, digests[len(copies) :], strict=True)))
-
-
-def _checked_base(base: Path, vectors: Sequence[SecurityVector]) -> str:
-    digest = digest_model(base)
+        folds = [
+            _Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter, found).job()
+            for site in sites.values()
+        ]
+        run_jobs([*hashes, *copies, *folds])
+    base_digest = combine_tensors(index, found.base)
     for vector in vectors:
-        artifact.check_base(vector, digest)
-    return digest
+        artifact.check_base(vector, base_digest)
+    return base_digest, dict(sorted(found.folded.items()))
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """What the jobs found: the digests of the base's tensors and of the folded ones, by name."""
+
+    base: dict[str, str]
+    folded: dict[str, str]
+
+    def add_base(self, entry: TensorEntry) -> None:
+        self.base[entry.name] = digest_tensor(entry)
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """The job that folds one tensor and returns its digest."""
+    """Folding of one tensor."""
 
     site: SiteTensor
     source: int
     target: int
     meter: Meter
+    found: _Digests
 
-    def __call__(self) -> str:
-        digest = hashlib.sha256()
+    def job(self) -> Job[None]:
+        return Job(self._run, self.target)
+
+    def _run(self) -> None:
+        base, folded = blake3(), blake3()
         for block in folded_blocks(self.site, self.source):
             data = bytes_of(block.folded)
-            digest.update(data)
+            base.update(bytes_of(block.base))
+            folded.update(data)
             write_at(self.target, data, self.site.entry.start + block.start)
             self.meter.add(len(data))
-        return "sha256:" + digest.hexdigest()
-
-
-def _copy(copy: Copy, meter: Meter) -> str:
-    copy.run(meter)
-    return ""
+        self.found.base[self.site.entry.name] = named_blake3(base)
+        self.found.folded[self.site.entry.name] = named_blake3(folded)
 
 
 def untouched_ranges(

@@ -1,18 +1,17 @@
 """Which tensor of a trained checkpoint belongs to which of its base, where a trainer added, dropped or renamed some."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from secvec.errors import CheckpointError
 from secvec.headers import TensorEntry
+from secvec.provenance import digest_tensor
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # Constants that older checkpoints hold and transformers no longer saves.
 _CONSTANTS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-_CHUNK_BYTES = 8 << 20
 Index = Mapping[str, TensorEntry]
 
 
@@ -67,18 +66,7 @@ def _embedding(index: Index, head: str) -> str:
 
 
 def _same_values(left: TensorEntry, right: TensorEntry) -> bool:
-    return left.dtype == right.dtype and _digest(left) == _digest(right)
-
-
-def _digest(entry: TensorEntry) -> bytes:
-    digest = hashlib.sha256()
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        left = entry.end - entry.start
-        while left > 0 and (data := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(data)
-            left -= len(data)
-    return digest.digest()
+    return left.dtype == right.dtype and digest_tensor(left) == digest_tensor(right)
 
 
 def _differs(folder: Path, found: str) -> CheckpointError:

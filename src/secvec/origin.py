@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from secvec import artifact
 from secvec.errors import CheckpointError
-from secvec.provenance import digest_model
 from secvec.record import FoldRecord, read_record
 from secvec.tripwire import PROVENANCE, VECTORS_FOLDER, Tripwire, read_json, read_tripwire
 from secvec.vector import SecurityVector
@@ -23,14 +22,13 @@ class Origin:
     record: FoldRecord
     vectors: tuple[SecurityVector, ...]
 
-    def check_base(self) -> str:
-        """Refuse a base other than the one that was folded, byte for byte; return its digest."""
-        if (found := digest_model(self.base)) != self.record.base:
+    def check_base(self, found: str) -> None:
+        """Refuse a base, of the digest `found`, other than the one that was folded, byte for byte."""
+        if found != self.record.base:
             raise CheckpointError(
                 f"{self.base}: expected the base model {self.record.base!r} that was folded, found {found!r}; "
                 "it was changed or is another model: say where the right one is (--base)"
             )
-        return found
 
 
 def find_origin(trained: Path, *, base: Path | None, folded: Path | None) -> Origin:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from secvec.blocks import DTYPES
+from secvec.blocks import DTYPES, is_finite
 from secvec.companions import copy_companions
 from secvec.errors import CheckpointError
 from secvec.headers import read_index
@@ -27,7 +27,7 @@ def finish_plain(trained: Path, base: Path, out: Path) -> None:
         else:
             model = load_model(trained, dtype=_dtype(base))
             for name, weight in model.named_parameters():
-                if not bool(torch.isfinite(weight).all()):
+                if not is_finite(weight.detach()):
                     raise CheckpointError(
                         f"{trained}: {name}: expected weights that {weight.dtype} can hold, found larger ones; "
                         "train a bfloat16 or float32 model"

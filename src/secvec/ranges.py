@@ -129,41 +129,65 @@ class Job(Generic[T]):
 def run_jobs(jobs: Sequence[Job[T]]) -> list[T]:
     """Run the jobs on all cores and return their results in order; the first failure stops the rest.
 
-    A file is synced as soon as its last job is done, while the cores work on the next ones.
+    Jobs without a file go first, the others file by file in turns: two threads that write to one file wait for each
+    other. Files are synced while others are written, so that little is left to wait for at the end.
     """
     threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS)
     # torch counts its own threads per calling thread: one each, since the jobs already use every core.
     workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    syncer = ThreadPoolExecutor(1)
-    countdown = _Countdown(Counter(job.target for job in jobs if job.target is not None), syncer)
-    futures = [workers.submit(countdown.run, job) for job in jobs]
+    syncer = _Syncer(Counter(job.target for job in jobs if job.target is not None))
+    futures = {number: workers.submit(syncer.run, jobs[number]) for number in _in_turns(jobs)}
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-        failed = [future for future in futures if future.done() and future.exception() is not None]
-        results = [future.result() for future in failed or futures]
-        for sync in countdown.syncs:
-            sync.result()
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        failed = [future for future in futures.values() if future.done() and future.exception() is not None]
+        results = [future.result() for future in failed or [futures[number] for number in range(len(jobs))]]
+        syncer.finish()
         return results
     finally:
         workers.shutdown(wait=True, cancel_futures=True)
-        syncer.shutdown(wait=True, cancel_futures=True)
+        syncer.close()
 
 
-class _Countdown:
-    """Count the jobs that each file waits for; hand it to the syncer after the last."""
+def _in_turns(jobs: Sequence[Job[T]]) -> list[int]:
+    """Return the jobs' numbers: those without a file, then the first of each file, the second of each, and so on."""
+    before: Counter[int | None] = Counter()
+    turns: list[int] = []
+    for job in jobs:
+        before[job.target] += job.target is not None
+        turns.append(before[job.target])
+    return sorted(range(len(jobs)), key=turns.__getitem__)
 
-    def __init__(self, left: dict[int, int], syncer: ThreadPoolExecutor) -> None:
-        self._left, self._syncer, self._lock = left, syncer, Lock()
-        self.syncs: list[Future[None]] = []
+
+class _Syncer:
+    """Sync each file from a thread of its own: while it is written, whenever the last sync is over, and at its end."""
+
+    def __init__(self, left: dict[int, int]) -> None:
+        self._left, self._lock = left, Lock()
+        self._queued: set[int] = set()
+        self._thread = ThreadPoolExecutor(1)
+        self._syncs: list[Future[None]] = []
 
     def run(self, job: Job[T]) -> T:
         result = job.work()
-        if job.target is not None:
+        if (target := job.target) is not None:
             with self._lock:
-                self._left[job.target] -= 1
-                if self._left[job.target] == 0:
-                    self.syncs.append(self._syncer.submit(os.fsync, job.target))
+                self._left[target] -= 1
+                if target not in self._queued or self._left[target] == 0:
+                    self._queued.add(target)
+                    self._syncs.append(self._thread.submit(self._sync, target))
         return result
+
+    def finish(self) -> None:
+        for sync in self._syncs:
+            sync.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _sync(self, target: int) -> None:
+        with self._lock:
+            self._queued.discard(target)
+        os.fsync(target)
 
 
 @contextmanager

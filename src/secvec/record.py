@@ -19,7 +19,7 @@ class FoldRecord:
     """What `fold` did.
 
     base: digest of the base model, base_path: its folder; vectors: their digests, in the order of their files;
-    tensors: SHA-256 of the bytes of every folded tensor, by its name on disk; versions: of the software.
+    tensors: BLAKE3 of the bytes of every folded tensor, by its name on disk; versions: of the software.
     """
 
     base: str

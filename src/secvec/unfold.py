@@ -15,11 +15,11 @@ from secvec.adapter import adapter_config, copy_adapter
 from secvec.atomic import write_json
 from secvec.blocks import site_tensors
 from secvec.companions import base_config, copy_companions, copy_index, finished_config, model_config, write_config
-from secvec.errors import CheckpointError
+from secvec.errors import CheckpointError, ProofError
 from secvec.headers import read_index
 from secvec.matching import match_tensors
 from secvec.origin import Origin, find_origin
-from secvec.provenance import digest_file, versions
+from secvec.provenance import digest_file, digest_model, versions
 from secvec.ranges import Progress, new_folder
 from secvec.tripwire import PROVENANCE
 from secvec.unfold_weights import Totals, Weights, write_weights
@@ -69,7 +69,8 @@ def unfold(
     An adapter is copied and names the base again. progress: called with (bytes done, bytes in total).
 
     Raises CheckpointError when the folder was not trained on a folded model, is already unfolded, or does not match its
-    base, vectors or record in any byte; ArtifactError for an altered vector.
+    base, vectors or record in any byte; ArtifactError for an altered vector; ProofError when the trained weights hold
+    half of the vectors or less.
     """
     trained, out = Path(trained).absolute(), Path(out).absolute()
     origin = find_origin(trained, base=Path(base) if base else None, folded=Path(folded) if folded else None)
@@ -83,9 +84,12 @@ def _unfold_checkpoint(trained: Path, out: Path, origin: Origin, progress: Progr
     index = read_index(origin.base)
     sites = site_tensors(index, origin.vectors, original)
     _check_sites(sites.keys(), origin)
-    weights = Weights(index, match_tensors(index, read_index(trained), trained), sites, origin.record.tensors)
+    trained_index = read_index(trained)
+    weights = Weights(index, trained_index, match_tensors(index, trained_index, trained), sites)
     with new_folder(out) as partial:
-        totals = write_weights(weights, partial, origin.check_base, trained, progress)
+        totals = write_weights(weights, partial, progress)
+        origin.check_base(totals.base)
+        _check_folded(totals.folded, origin)
         _check_share(totals, trained)
         copy_index(origin.base, partial)
         copy_companions(origin.base, partial)
@@ -100,11 +104,11 @@ def _unfold_adapter(trained: Path, out: Path, origin: Origin) -> UnfoldReport:
     sites = {site for vector in origin.vectors for site in vector.sites}
     config = adapter_config(trained, sites)
     with new_folder(out) as partial:
-        origin.check_base()
+        origin.check_base(digest_model(origin.base))
         copy_adapter(trained, partial, {**config, "base_model_name_or_path": str(origin.base)})
         copy_companions(trained, partial)
-        totals = Totals(digest_file(trained / "adapter_model.safetensors"), len(sites), 0, 1.0)
-        report = _report("adapter", origin, totals)
+        found = digest_file(trained / "adapter_model.safetensors")
+        report = _report("adapter", origin, Totals(origin.record.base, found, {}, len(sites), 0, 1.0))
         write_json(partial / PROVENANCE, report.document(), 0o644)
     return report
 
@@ -131,10 +135,21 @@ def _check_sites(names: Iterable[str], origin: Origin) -> None:
         )
 
 
+def _check_folded(found: Mapping[str, str], origin: Origin) -> None:
+    """Refuse when folding again does not give what the record promises."""
+    for name, expected in origin.record.tensors.items():
+        if found[name] != expected:
+            raise CheckpointError(
+                f"{origin.base}: {name}: expected the folded tensor {expected!r} of the record, folding again gave "
+                f"{found[name]!r}; vector or record were altered: fold and train again"
+            )
+
+
 def _check_share(totals: Totals, trained: Path) -> None:
     if not totals.vector_share > _LOST_SHARE:
         share = round(totals.vector_share, 2) + 0.0
-        raise CheckpointError(
-            f"{trained}: expected weights that hold the security vector, found {share:.2f} of it: "
-            "the vector was taken out before, or was never in; unfold the folder that the trainer wrote"
+        raise ProofError(
+            f"{trained}: expected weights that hold the security vector, found {share:.2f} of it: the vector was taken "
+            "out before, or was never in: unfold the folder that the trainer wrote; if this is it, training undid the "
+            "vector: lower the learning rate"
         )

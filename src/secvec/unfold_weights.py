@@ -1,20 +1,20 @@
 """W_base + (W_trained - W_folded) for all tensors of a checkpoint, in blocks, into the base's files."""
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from secvec.blocks import BLOCK_ELEMENTS, DTYPES, SiteTensor, bytes_of, elements, folded_blocks, same_bytes
+from secvec.blocks import BLOCK_ELEMENTS, DTYPES, SiteTensor, bytes_of, elements, folded_blocks, is_finite, same_bytes
 from secvec.errors import CheckpointError
 from secvec.headers import TensorEntry
-from secvec.provenance import digest_model
+from secvec.provenance import combine_tensors, digest_tensor, named_blake3
 from secvec.ranges import Copy, Files, Job, Meter, Progress, read_at, run_jobs, write_at
 
 
@@ -22,21 +22,23 @@ from secvec.ranges import Copy, Files, Job, Meter, Progress, read_at, run_jobs, 
 class Weights:
     """What unfolding reads.
 
-    base: the base's tensors by name; trained: what training made of each; sites: those that hold a vector;
-    digests: of the folded tensors, from the fold record.
+    base, trained: the tensors of both checkpoints by name; matched: what training made of each of the base's; sites:
+    those that hold a vector.
     """
 
     base: Mapping[str, TensorEntry]
     trained: Mapping[str, TensorEntry]
+    matched: Mapping[str, TensorEntry]
     sites: Mapping[str, SiteTensor]
-    digests: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Totals:
-    """trained: digest of the trained model; vector_share: see `UnfoldReport`."""
+    """base, trained: digests of the models; folded: of the folded tensors, by name; see `UnfoldReport` for the rest."""
 
+    base: str
     trained: str
+    folded: Mapping[str, str]
     sites: int
     sites_changed: int
     vector_share: float
@@ -51,43 +53,53 @@ class _Outcome:
     energy: float = 0.0
 
 
-def write_weights(
-    weights: Weights, folder: Path, check_base: Callable[[], str], trained: Path, progress: Progress | None
-) -> Totals:
-    """Write the unfolded weights in the base's layout. Raises CheckpointError when anything does not match."""
+@dataclass(frozen=True)
+class _Digests:
+    """What the jobs found: the digests of tensors on disk, and by name those of the folded tensors."""
+
+    stored: dict[TensorEntry, str] = field(default_factory=dict[TensorEntry, str])
+    folded: dict[str, str] = field(default_factory=dict[str, str])
+
+    def add(self, entry: TensorEntry) -> _Outcome:
+        self.stored[entry] = digest_tensor(entry)
+        return _Outcome()
+
+
+def write_weights(weights: Weights, folder: Path, progress: Progress | None) -> Totals:
+    """Write the unfolded weights in the base's layout. Raises CheckpointError when a tensor cannot be unfolded.
+
+    Whether base and folded tensors are those of the record is for the caller to check, before the result is kept.
+    """
+    digests = _Digests()
     with ExitStack() as stack:
         files = Files(stack)
         sizes = {file: file.stat().st_size for file in {entry.file for entry in weights.base.values()}}
         meter = Meter(sum(sizes.values()), progress)
         targets = {file: files.writer(folder / file.name, size) for file, size in sizes.items()}
-        digests: dict[str, str] = {}
-        jobs = [
-            Job(_digest_job(check_base, "base", digests)),
-            Job(_digest_job(lambda: digest_model(trained), "trained", digests)),
-            *(_header_job(files.reader(file), targets[file], weights.base, file, meter) for file in sizes),
-        ]
+        jobs = [Job(partial(digests.add, entry)) for entry in _not_in_sites(weights)]
+        jobs += [_header_job(files.reader(file), targets[file], weights.base, file, meter) for file in sizes]
         for name, entry in weights.base.items():
-            pair = _Pair(entry, weights.trained[name], files.reader(entry.file), targets[entry.file], meter)
-            source = files.reader(weights.trained[name].file)
-            job = _site_job(pair, source, weights, name) if name in weights.sites else _other_job(pair, source)
-            jobs.append(Job(job, pair.target))
+            pair = _Pair(entry, weights.matched[name], files.reader(entry.file), targets[entry.file], meter)
+            source = files.reader(pair.trained.file)
+            site = weights.sites.get(name)
+            jobs.append(Job(_site_job(pair, source, site, digests) if site else _other_job(pair, source), pair.target))
         outcomes = run_jobs(jobs)
-    return _totals(outcomes, len(weights.sites), digests["trained"])
-
-
-def _totals(outcomes: list[_Outcome], sites: int, trained: str) -> Totals:
     energy = math.fsum(outcome.energy for outcome in outcomes)
     along = math.fsum(outcome.along for outcome in outcomes)
-    share = 1 + along / energy if energy > 0 else 1.0
-    return Totals(trained, sites, sum(outcome.changed for outcome in outcomes), share)
+    return Totals(
+        base=combine_tensors(weights.base, {name: digests.stored[e] for name, e in weights.base.items()}),
+        trained=combine_tensors(weights.trained, {name: digests.stored[e] for name, e in weights.trained.items()}),
+        folded=digests.folded,
+        sites=len(weights.sites),
+        sites_changed=sum(outcome.changed for outcome in outcomes),
+        vector_share=1 + along / energy if energy > 0 else 1.0,
+    )
 
 
-def _digest_job(digest: Callable[[], str], name: str, digests: dict[str, str]) -> Callable[[], _Outcome]:
-    def job() -> _Outcome:
-        digests[name] = digest()
-        return _Outcome()
-
-    return job
+def _not_in_sites(weights: Weights) -> Iterator[TensorEntry]:
+    """Yield the tensors on disk that no site's job reads."""
+    read = {entry for name in weights.sites for entry in (weights.base[name], weights.matched[name])}
+    yield from (entry for entry in (*weights.base.values(), *weights.trained.values()) if entry not in read)
 
 
 @dataclass(frozen=True)
@@ -101,17 +113,18 @@ class _Pair:
     meter: Meter
 
 
-def _site_job(pair: _Pair, source: int, weights: Weights, name: str) -> Callable[[], _Outcome]:
+def _site_job(pair: _Pair, source: int, site: SiteTensor, digests: _Digests) -> Callable[[], _Outcome]:
     _check_float(pair)
-    return lambda: _unfold_site(pair, source, weights.sites[name], weights.digests[name])
+    return lambda: _unfold_site(pair, source, site, digests)
 
 
-def _unfold_site(pair: _Pair, source: int, site: SiteTensor, expected: str) -> _Outcome:
-    digest = hashlib.sha256()
+def _unfold_site(pair: _Pair, source: int, site: SiteTensor, digests: _Digests) -> _Outcome:
+    base, folded, read = blake3(), blake3(), blake3()
     changed, along = False, 0.0
     for block in folded_blocks(site, pair.base_file):
-        digest.update(bytes_of(block.folded))
         trained = _read_trained(pair, source, block.start // block.base.itemsize, block.base)
+        for digest, tensor in ((base, block.base), (folded, block.folded), (read, trained)):
+            digest.update(bytes_of(tensor))
         seen, result = _as_seen(block.folded, trained), block.base
         if seen is not None:
             unlearned = _difference(seen, trained, block.base)
@@ -119,11 +132,8 @@ def _unfold_site(pair: _Pair, source: int, site: SiteTensor, expected: str) -> _
             along -= float(unlearned.flatten().dot(block.delta.to(unlearned.dtype).flatten()))
         write_at(pair.target, bytes_of(result), pair.base.start + block.start)
         pair.meter.add(result.nbytes)
-    if (found := "sha256:" + digest.hexdigest()) != expected:
-        raise CheckpointError(
-            f"{pair.base.file}: {pair.base.name}: expected the folded tensor {expected!r} of the record, folding "
-            f"again gave {found!r}; base, vector or record were altered: fold and train again"
-        )
+    digests.stored.update({pair.base: named_blake3(base), pair.trained: named_blake3(read)})
+    digests.folded[pair.base.name] = named_blake3(folded)
     return _Outcome(changed, along, site.energy())
 
 
@@ -146,7 +156,7 @@ def _as_seen(folded: Tensor, trained: Tensor) -> Tensor | None:
 def _difference(seen: Tensor, trained: Tensor, base: Tensor) -> Tensor:
     """Return W_folded - W_trained in float32, or in float64 if one of the checkpoints is."""
     wide = torch.float64 if torch.float64 in (base.dtype, trained.dtype) else torch.float32
-    return seen.to(wide) - trained.to(wide)
+    return seen.to(wide, copy=True).sub_(trained.to(wide))
 
 
 def _carry_over(base: Tensor, unlearned: Tensor, pair: _Pair) -> Tensor:
@@ -154,11 +164,11 @@ def _carry_over(base: Tensor, unlearned: Tensor, pair: _Pair) -> Tensor:
 
     The sign is turned so that an untouched -0.0 keeps its own.
     """
-    return _finite((base.to(unlearned.dtype) - unlearned).to(base.dtype), pair)
+    return _finite(base.to(unlearned.dtype, copy=True).sub_(unlearned).to(base.dtype), pair)
 
 
 def _finite(result: Tensor, pair: _Pair) -> Tensor:
-    if not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise CheckpointError(
             f"{pair.trained.file}: {pair.trained.name}: expected finite weights, found some that are not or that leave "
             f"the range of {result.dtype}; did the training diverge?"

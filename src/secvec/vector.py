@@ -35,7 +35,8 @@ class Factors:
 class VectorInfo:
     """Where a vector comes from: everything it records besides its factors.
 
-    base, tokenizer, chat_template and data are digests ("sha256:..."); the unwanted rows themselves are never stored.
+    base, tokenizer, chat_template and data are digests ("blake3:..." of weights, else "sha256:..."); the unwanted rows
+    themselves are never stored.
     """
 
     kind: str
