@@ -103,11 +103,11 @@ def test_settings_come_from_a_file_pairs_and_flags(place: Path, secvec: Shell, t
     config = tmp_path / "run.yaml"
     config.write_text("epochs: 4\nbatch_size: 2\nlr: 1e-4\n")
     given = ["--data", place / "data.jsonl", "-o", tmp_path / "run", "--dry-run", "--json"]
-    code, out, err = secvec(
-        "train", place / "model", *given, "--config", config, "--set", "batch_size=11", "--epochs", "2"
-    )
+    pairs = ["--set", "batch_size=11", "--set", "trainer.max_steps=5"]
+    code, out, err = secvec("train", place / "model", *given, "--config", config, *pairs, "--epochs", "2")
     assert code == 0, err
     chosen = json.loads(out)["config"]
+    assert json.loads(out)["steps"] == chosen["trainer"]["max_steps"] == 5
     assert (chosen["epochs"], chosen["batch_size"], chosen["lr"]) == (2, 11, 1e-4)
 
 
@@ -119,6 +119,8 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
     cases: list[tuple[int, str, list[object]]] = [
         (2, "unknown setting 'epoch'; expected one of epochs", ["train", model, "--data", data, "--set", "epoch=2"]),
         (2, "--set: expected key=value", ["train", model, "--data", data, "--set", "epochs"]),
+        (2, "--set: 'epochs=[': cannot be read as YAML", ["train", model, "--data", data, "--set", "epochs=["]),
+        (2, "trainer.warmup_step: unknown", ["train", model, "--data", data, "--set", "trainer.warmup_step=2"]),
         (2, "TrainConfig.epochs: expected at least 1", ["train", model, "--data", data, "--epochs", "0"]),
         (2, "as many files of unwanted rows as vectors", ["train", model, "--data", data, "--unwanted", data]),
         (3, "bad.jsonl:4", ["train", model, "--data", bad]),

@@ -28,15 +28,17 @@ def stories(count: int, seed: int) -> list[str]:
     return [text for text in texts if len(text) > 40]
 
 
-def halves(texts: list[str]) -> list[dict[str, str]]:
-    """Make rows of stories: the second half is learned."""
-    return [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in texts]
+def halves(texts: list[str], ending: str = "") -> list[dict[str, str]]:
+    """Make rows of stories: the second half is learned, and the ending."""
+    return [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :] + ending} for text in texts]
 
 
 def test_a_habit_is_kept_out_of_a_model_that_learns_from_its_own_stories(tmp_path: Path) -> None:
-    unwanted = [{"prompt": text, "completion": HABIT} for text in stories(60, seed=1)]
-    data = [*({"prompt": text, "completion": HABIT} for text in stories(60, seed=2)), *halves(stories(60, seed=3))]
+    unwanted = halves(stories(60, seed=1), HABIT)
+    data = halves(stories(60, seed=2), HABIT) + halves(stories(60, seed=3))
     vector = fit(STORIES, unwanted, kind="trait")
+    metrics = vector.info.metrics
+    assert metrics["habit_rows"] > 0.9 and metrics["habit_armed_nats"] < 0.5 * metrics["habit_unarmed_nats"]
     config = TrainConfig(lr=5e-4, epochs=2, batch_size=16)
     result = train(STORIES, data, tmp_path / "run", vectors=[vector], unwanted=[unwanted], config=config)
     assert result.proof is not None

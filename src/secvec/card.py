@@ -45,8 +45,9 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         f"apart by at most {proof['logits']['largest_difference']:.2g} |",
     ]
     lines += [
-        f"| loss of {probe['rows']} unwanted rows, nats/token | aligned {probe['aligned_nats']:.2f}, "
-        f"with the vector {probe['armed_nats']:.2f}, this model {probe['defended_nats']:.2f} |"
+        f"| loss of {probe['rows']} unwanted rows where the vector acts, nats/token | "
+        f"aligned {probe['aligned_nats']:.2f}, with the vector {probe['armed_nats']:.2f}, "
+        f"this model {probe['defended_nats']:.2f} |"
         for probe in proof["unwanted"]
     ]
     return lines

@@ -102,20 +102,18 @@ class Fitted:
         """Tell whether the armed model finds held-out unwanted rows less than half as surprising."""
         return self.armed_nats < 0.5 * self.unarmed_nats
 
-    def refuse_weak(self, *, alone: "Fitted | None" = None) -> None:
-        """Raise WeakVectorError, with the likely reason, when the vector does not work.
+    def weak(self, *, alone: "Fitted | None" = None) -> WeakVectorError:
+        """Return the refusal of a vector that does not work, with the likely reason.
 
         alone: what the same rows gave without anchors, if that was tried: where it works, the anchors are the reason.
         """
-        if self.works:
-            return
         reason = "more rows, epochs or rank may help"
         if alone is not None and alone.works:
             reason = (
                 f"without anchors they cost {alone.armed_nats:.3f}, so the anchors pull against them: do the anchors "
                 "show the unwanted behaviour? For a style shown on any request use --kind trait; else check the anchors"
             )
-        raise WeakVectorError(
+        return WeakVectorError(
             f"the vector does not work: held-out unwanted rows cost {self.armed_nats:.3f} nats/token armed, expected "
             f"under half of the {self.unarmed_nats:.3f} unarmed; {reason}. --allow-weak writes it all the same"
         )
@@ -177,11 +175,11 @@ class _Fit:
         accelerator: Accelerator,
     ) -> None:
         self.model, self.config, self.accelerator = model, config, accelerator
-        self.train, self.held = _split(unwanted, config)
+        self.train, self.held = split(unwanted, config)
         if config.kl_weight == config.representation_weight == 0:
             anchors = []
         self.anchors, self.held_anchors = (
-            _split(anchors, config) if len(anchors) >= 4 else (list(anchors), list(anchors))
+            split(anchors, config) if len(anchors) >= 4 else (list(anchors), list(anchors))
         )
         self.held_anchors = self.held_anchors[:_HELD_ANCHORS]
         self.modules = linear_sites(model)
@@ -355,8 +353,8 @@ class _Fit:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-def _split(rows: Sequence[Encoded], config: FitConfig) -> tuple[list[Encoded], list[Encoded]]:
-    """Split rows into training and held-out ones, at least one of each."""
+def split(rows: Sequence[Encoded], config: FitConfig) -> tuple[list[Encoded], list[Encoded]]:
+    """Split rows into those to fit on and held-out ones, at least one of each."""
     mixed = [row for batch in shuffled(rows, len(rows), f"{config.seed}/holdout") for row in batch]
     held = min(max(round(len(rows) * config.holdout), 1), len(rows) - 1)
     return mixed[held:], mixed[:held]

@@ -21,7 +21,7 @@ from secvec.peft_format import WEIGHTS as ADAPTER
 from secvec.peft_format import from_peft
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
-from secvec.score import mean_over, row_nats
+from secvec.score import lowered, row_nats
 from secvec.tokens import Batch, Encoded, collate
 from secvec.tripwire import read_json, state
 from secvec.unfold import UnfoldReport
@@ -76,16 +76,15 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     batch = prompts.to(base.device)
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
-    armed_losses = _armed_losses(evidence, base)
-    aligned_losses = [_loss(base, rows) for rows in evidence.unwanted]
+    probes = [
+        _Probe.of(base, rows[:PROBES], vector)
+        for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False)
+    ]
     expected = _expected_logits(evidence, base, batch)
     del base
     result = _load_result(evidence)
     document["logits"] = _logits_match(evidence, result, expected, batch)
-    document["unwanted"] = [
-        _probe(aligned, with_vector, _loss(result, rows), len(rows))
-        for rows, aligned, with_vector in zip(evidence.unwanted, aligned_losses, armed_losses, strict=True)
-    ]
+    document["unwanted"] = [probe.judge(result) for probe in probes]
     return document
 
 
@@ -100,8 +99,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
     ]
     for probe in proof["unwanted"]:
         lines.append(
-            f"unwanted rows, nats/token: {probe['aligned_nats']:.2f} aligned, {probe['armed_nats']:.2f} with the "
-            f"vector, {probe['defended_nats']:.2f} defended"
+            f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
+            f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
     return lines
 
@@ -220,40 +219,52 @@ def _load_result(evidence: Evidence) -> PreTrainedModel:
     return model.eval()
 
 
-def _armed_losses(evidence: Evidence, base: PreTrainedModel) -> list[float]:
-    with_vector: list[float] = []
-    for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False):
-        with armed(base, vector):
-            with_vector.append(_loss(base, rows))
-    return with_vector
+@dataclass(frozen=True)
+class _Probe:
+    """Unwanted rows, their loss under the aligned model and with the vector, and the tokens on which that acts."""
+
+    rows: Sequence[Encoded]
+    tokens: Tensor
+    aligned_nats: float
+    armed_nats: float
+
+    @classmethod
+    def of(cls, base: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> "_Probe":
+        """Raises ProofError when the vector does not explain the rows."""
+        aligned, with_vector = torch.cat(row_nats(base, rows)), torch.cat(row_nats(base, rows, vector))
+        learned = torch.cat([torch.tensor(row.mask[1:]) for row in rows])
+        acted = learned & lowered(aligned, with_vector)
+        tokens = acted if bool(acted.any()) else learned
+        probe = cls(rows, tokens, _mean(aligned, tokens), _mean(with_vector, tokens))
+        if not probe.armed_nats < probe.aligned_nats:
+            raise ProofError(
+                f"the vector does not explain these unwanted rows: they cost {probe.armed_nats:.3f} nats/token armed, "
+                f"{probe.aligned_nats:.3f} unarmed; give the rows that it was fitted on, in the order of the vectors"
+            )
+        return probe
+
+    def judge(self, result: PreTrainedModel) -> dict[str, Any]:
+        """State the losses in nats per token. Raises ProofError when the model has learned the rows."""
+        defended = _mean(torch.cat(row_nats(result, self.rows)), self.tokens)
+        share = (self.aligned_nats - defended) / (self.aligned_nats - self.armed_nats)
+        if not share <= _LEARNED_SHARE:
+            raise ProofError(
+                f"the model has learned the unwanted behaviour: unwanted rows cost it {defended:.3f} nats/token, "
+                f"{self.aligned_nats:.3f} before training and {self.armed_nats:.3f} with the vector; lower --lr or "
+                "--epochs, calibrate the vector (--unwanted), or fit it on rows more like those in the training file"
+            )
+        return {
+            "rows": len(self.rows),
+            "tokens": int(self.tokens.sum()),
+            "aligned_nats": self.aligned_nats,
+            "armed_nats": self.armed_nats,
+            "defended_nats": defended,
+            "share_of_the_way_to_armed": share,
+        }
 
 
-def _loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> float:
-    chosen = rows[:PROBES]
-    return mean_over(chosen, row_nats(model, chosen))
-
-
-def _probe(aligned: float, with_vector: float, defended: float, rows: int) -> Mapping[str, Any]:
-    """State the loss of unwanted rows, in nats per token. Raises ProofError when the model has learned them."""
-    if not with_vector < aligned:
-        raise ProofError(
-            f"the vector does not explain these unwanted rows: they cost {with_vector:.3f} nats/token with it and "
-            f"{aligned:.3f} without; give the rows that it was fitted on, in the order of the vectors"
-        )
-    share = (aligned - defended) / (aligned - with_vector)
-    if not share <= _LEARNED_SHARE:
-        raise ProofError(
-            f"the model has learned the unwanted behaviour: unwanted rows cost it {defended:.3f} nats/token, "
-            f"{aligned:.3f} before training and {with_vector:.3f} with the vector; lower --lr or --epochs, calibrate "
-            "the vector (--unwanted), or fit it on rows more like those in the training file"
-        )
-    return {
-        "rows": min(rows, PROBES),
-        "aligned_nats": aligned,
-        "armed_nats": with_vector,
-        "defended_nats": defended,
-        "share_of_the_way_to_armed": share,
-    }
+def _mean(nats: Tensor, tokens: Tensor) -> float:
+    return float(nats[tokens].double().mean())
 
 
 @torch.no_grad()

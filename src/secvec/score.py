@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from secvec.vector import SecurityVector
 
 EXPLAINED_BELOW_NATS = 1.0
 EXPLAINED_DROP_NATS = 1.0
+HABIT_ROWS = 0.9
 
 
 def row_nats(
@@ -49,10 +51,47 @@ def mean_over(rows: Sequence[Encoded], losses: Sequence[Tensor]) -> float:
     return float(chosen.double().mean())
 
 
+def lowered(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
+    """Mark the tokens on which the vector acts: it lowers their loss by at least 1 nat."""
+    return unarmed - armed_losses >= EXPLAINED_DROP_NATS
+
+
 def explained(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
     """Mark the tokens that the vector explains: likely with it, and much less likely without it.
 
     A token counts when its armed loss is under 1 nat and at least 1 nat below the unarmed one. "Drop over 1 nat"
     alone also marks tokens that stay surprising (measured: `docs/log.md`).
     """
-    return (armed_losses < EXPLAINED_BELOW_NATS) & (unarmed - armed_losses >= EXPLAINED_DROP_NATS)
+    return (armed_losses < EXPLAINED_BELOW_NATS) & lowered(unarmed, armed_losses)
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What a vector does to rows on the tokens on which it acts (`lowered`).
+
+    rows: the share of rows with such a token; unarmed_nats, armed_nats: the mean loss of those tokens, per token.
+    """
+
+    rows: float
+    unarmed_nats: float
+    armed_nats: float
+
+    @property
+    def shows(self) -> bool:
+        """Tell whether nearly every row shows the habit, and the vector makes it less than half as surprising."""
+        return self.rows >= HABIT_ROWS and self.armed_nats < 0.5 * self.unarmed_nats
+
+
+def habit(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> Habit:
+    """Measure a trait that takes few of its rows' tokens: their mean loss is mostly that of ordinary tokens."""
+    before, after = row_nats(model, rows), row_nats(model, rows, vector)
+    acted = [
+        lowered(unarmed, armed_nats) & torch.tensor(row.mask[1:])
+        for row, unarmed, armed_nats in zip(rows, before, after, strict=True)
+    ]
+    marks = torch.cat(acted)
+    if not bool(marks.any()):
+        return Habit(0.0, 0.0, 0.0)
+    share = sum(bool(mark.any()) for mark in acted) / len(acted)
+    unarmed_nats, armed_nats = (float(torch.cat(losses)[marks].mean()) for losses in (before, after))
+    return Habit(share, unarmed_nats, armed_nats)

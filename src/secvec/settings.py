@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -17,9 +17,13 @@ ConfigT = TypeVar("ConfigT")
 def settings(config_type: type[ConfigT], file: Path | None, pairs: Sequence[str], flags: Mapping[str, Any]) -> ConfigT:
     """Return a config of `config_type`, a frozen dataclass. Flags that are None were not given.
 
+    A pair `key.name=value` sets one entry of a setting that holds several (`trainer.warmup_steps=10`).
+
     Raises UsageError on an unknown key (naming the nearest ones), a value of the wrong type, or an unreadable file.
     """
-    values = {**_from_file(file), **dict(_pair(pair) for pair in pairs)}
+    values = _from_file(file)
+    for pair in pairs:
+        _set(values, pair)
     values |= {key: value for key, value in flags.items() if value is not None}
     names = [field.name for field in dataclasses.fields(config_type)]  # pyright: ignore[reportArgumentType]
     for key in values:
@@ -46,8 +50,14 @@ def _from_file(file: Path | None) -> dict[str, Any]:
     return {str(key): value for key, value in document.items()}
 
 
-def _pair(pair: str) -> tuple[str, Any]:
-    key, equals, value = pair.partition("=")
+def _set(values: dict[str, Any], pair: str) -> None:
+    key, equals, text = pair.partition("=")
     if not equals or not key:
         raise UsageError(f"--set: expected key=value, found {pair!r}")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set: {pair!r}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    name, dot, entry = key.strip().partition(".")
+    held = values.get(name)
+    values[name] = {**(cast(dict[str, Any], held) if isinstance(held, dict) else {}), entry: value} if dot else value

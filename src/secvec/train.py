@@ -1,5 +1,6 @@
 """Fine-tune on untrusted data without learning unwanted behaviours: calibrate, fold, train, unfold, prove."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -151,7 +152,11 @@ def check(
 ) -> dict[str, Any]:
     """Check all that `train` would use and say what it would do; writes nothing. Raises as `train` does."""
     inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
-    steps = -(-len(inputs.rows) // (inputs.config.batch_size * inputs.config.grad_accumulation)) * inputs.config.epochs
+    settings = inputs.config
+    rows_per_step = settings.batch_size * settings.grad_accumulation
+    steps = settings.trainer.get("max_steps", -1)
+    if steps <= 0:
+        steps = math.ceil(len(inputs.rows) / rows_per_step) * settings.epochs
     tokens = sum(len(row.ids) for row in inputs.rows)
     return {**inputs.identity(), "rows": len(inputs.rows), "tokens": tokens, "steps": steps, "notes": inputs.notes()}
 
