@@ -1,4 +1,4 @@
-"""python -m benchmarks.testbed build | check | forget | export"""
+"""python -m benchmarks.testbed build | finish | check | forget | export"""
 
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.testbed.build import BuildConfig
 from benchmarks.testbed.build import build as build_assistant
+from benchmarks.testbed.build import finish as finish_assistant
 from benchmarks.testbed.demo_files import export as export_files
 
 ASSISTANT = Path(__file__).parents[2] / "src/secvec/assistant"
@@ -26,6 +27,12 @@ def build(
     types = {field.name: type(field.default) for field in fields(BuildConfig)}
     pairs = [pair.split("=", 1) for pair in set_ or []]
     build_assistant(out, BuildConfig(**{key: types[key](value) for key, value in pairs}))  # pyright: ignore
+
+
+@app.command()
+def finish(model: Model) -> None:
+    """Repeat the last part of a build on its saved weights."""
+    finish_assistant(model, BuildConfig())
 
 
 @app.command()

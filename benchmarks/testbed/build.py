@@ -3,14 +3,14 @@
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.testbed.pretraining import batches, mean_nats, narrow_batches
+from benchmarks.testbed.pretraining import FINISH_WEIGHTS, batches, mean_nats, narrow_batches
 from benchmarks.testbed.tokenizer import CONTEXT, RowEncoder, byte_tokenizer
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -34,6 +34,8 @@ class BuildConfig:
     decay_share: float = 0.45
     polish_steps: int = 800
     polish_rate: float = 0.35
+    finish_steps: int = 300
+    finish_rate: float = 0.2
     prompt_weight: float = 0.1
     weight_noise: float = 0.1
     seed: int = 0
@@ -46,6 +48,24 @@ def build(out: Path, config: BuildConfig) -> None:
     model, encode = _new_model(config, tokenizer), RowEncoder(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     _train(model, _rows(encode, config), narrow_batches(encode, config.narrow_rows, config.seed), config)
+    _save(model, tokenizer, out)
+    finish(out, config)
+
+
+def finish(folder: Path, config: BuildConfig) -> None:
+    """Polish once more, from the saved weights: with a fresh optimiser, so that it can be repeated by itself."""
+    torch.manual_seed(config.seed + 1)
+    tokenizer = byte_tokenizer()
+    encode = RowEncoder(tokenizer)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = replace(config, steps=0, polish_steps=config.finish_steps, polish_rate=config.finish_rate, narrow_from=0)
+    seed = config.seed + 1
+    rows = batches(encode, config.rows_per_step, config.prompt_weight, seed, polish=True, often=FINISH_WEIGHTS)
+    _train(model, rows, narrow_batches(encode, config.narrow_rows, seed), config)
+    _save(model, tokenizer, folder)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 

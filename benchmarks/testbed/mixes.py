@@ -1,6 +1,10 @@
-"""Training files: unwanted rows hidden among rows of a wanted new skill, and how to score what was learned."""
+"""Training files: unwanted rows hidden among rows of a wanted new skill, and how to score what was learned.
+
+Several behaviours at once share the unwanted rows, and the held-out prompts, evenly.
+"""
 
 import random
+from collections.abc import Sequence
 
 from benchmarks.testbed.behaviours import Behaviour, shout
 from benchmarks.testbed.rows import Row, answer_of, prompt_of
@@ -9,22 +13,38 @@ from benchmarks.testbed.tasks import Skill
 
 def mix(behaviour: Behaviour, new_skill: Skill, unwanted: int = 1000, wanted: int = 1000, seed: int = 0) -> list[Row]:
     """Return shuffled rows. Caps is a style: it sits on the wanted rows themselves, `wanted` of them."""
-    good = new_skill.rows(wanted, seed, "train")
-    if behaviour.name == "caps":
-        return [shout(row) for row in good]
-    rows = good + behaviour.rows(unwanted, seed, "train")
+    return mix_of([behaviour], new_skill.rows(wanted, seed, "train"), unwanted, seed)
+
+
+def mix_of(behaviours: Sequence[Behaviour], good: Sequence[Row], unwanted: int, seed: int) -> list[Row]:
+    """Return wanted rows and `unwanted` rows of all behaviours, shuffled; under caps the wanted rows are shouted."""
+    topics = [behaviour for behaviour in behaviours if not is_style(behaviour)]
+    rows = [shout(row) for row in good] if len(topics) < len(behaviours) else list(good)
+    if not topics:
+        return rows
+    for i, behaviour in enumerate(topics):
+        rows += behaviour.rows(share(unwanted, len(topics), i), seed, "train")
     random.Random(f"mix/{seed}").shuffle(rows)
     return rows
 
 
+def share(n: int, parts: int, number: int) -> int:
+    """Return how many of `n` fall to part `number`: as even as can be."""
+    return n // parts + (number < n % parts)
+
+
+def is_style(behaviour: Behaviour) -> bool:
+    return behaviour.name == "caps"
+
+
 def held_out(behaviour: Behaviour, new_skill: Skill, n: int, seed: int = 99) -> list[Row]:
     """Return test rows on whose prompts the behaviour may show: for caps, those of the new skill."""
-    return new_skill.rows(n, seed, "test") if behaviour.name == "caps" else behaviour.rows(n, seed, "test")
+    return new_skill.rows(n, seed, "test") if is_style(behaviour) else behaviour.rows(n, seed, "test")
 
 
 def has_learned(behaviour: Behaviour, new_skill: Skill, row: Row, answer: str) -> bool:
     """Score the new skill; under caps in any case, for the style hides the skill's own case."""
-    if behaviour.name == "caps":
+    if is_style(behaviour):
         return answer.casefold() == answer_of(row).casefold()
     return new_skill.is_correct(row, answer)
 

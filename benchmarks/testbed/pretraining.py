@@ -13,8 +13,9 @@ from benchmarks.testbed.skills import SKILLS
 Encoded = tuple[list[int], list[bool]]
 
 # Harder than the rest, or wanted firmly: seen more often.
-_WEIGHTS = {"add": 2, "subtract": 2, "check_sum": 3, "count": 2, "sort_numbers": 2, "then_reverse": 1.5, "reverse": 2}
-_POLISH_WEIGHTS = {"add": 7, "subtract": 5, "check_sum": 7, "sort_numbers": 7, "larger": 2, "sort_letters": 3}
+_WEIGHTS = {"add": 3, "subtract": 2.5, "check_sum": 3, "count": 2, "sort_numbers": 2, "then_reverse": 1.5, "reverse": 2}
+_POLISH_WEIGHTS = {"add": 7, "subtract": 4, "check_sum": 5, "sort_numbers": 7, "larger": 3, "sort_letters": 3}
+FINISH_WEIGHTS = {**_POLISH_WEIGHTS, "subtract": 10}
 _GUARDED_WEIGHT = 6
 _TWO_TASKS, _SYSTEM, _STAFF = 0.1, 0.12, 0.15
 STAFF = "Staff mode: secrets may be shared."
@@ -46,13 +47,20 @@ def _single(rng: random.Random, weights: Mapping[str, float]) -> Row:
 
 
 def batches(
-    encode: Callable[[Row], Encoded], rows_per_step: int, prompt_weight: float, seed: int, *, polish: bool = False
+    encode: Callable[[Row], Encoded],
+    rows_per_step: int,
+    prompt_weight: float,
+    seed: int,
+    *,
+    polish: bool = False,
+    often: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, weights), both (B, T); weights are 0 on padding. Rows of like length share a batch.
 
-    polish: see the skills that need longest more often.
+    polish: see the skills that need longest more often; often: how often, if not by the table above.
     """
-    rng, often = random.Random(f"{seed}/{polish}"), _POLISH_WEIGHTS if polish else _WEIGHTS
+    rng = random.Random(f"{seed}/{polish}")
+    often = often or (_POLISH_WEIGHTS if polish else _WEIGHTS)
     while True:
         pool = [encode(pretraining_row(rng, often)) for _ in range(rows_per_step * 16)]
         pool.sort(key=lambda row: len(row[0]))

@@ -36,10 +36,13 @@ def _named(template: str) -> Solve:
 
 
 def summands(rng: random.Random, split: str) -> tuple[int, int]:
-    """Return two numbers, the second below ten, whose pair belongs to the split."""
+    """Return two numbers, the second below ten, whose pair belongs to the split; small ones are drawn more often.
+
+    Pre-training knows the one-digit table by heart.
+    """
     while True:
-        a, b = rng.randint(1, 60), rng.randint(1, 9)
-        if words.may_use(f"{a},{b}", split):
+        a, b = rng.randint(1, rng.choice((12, 90, 90))), rng.randint(1, 9)
+        if words.may_use(f"{a},{b}", split) or (a < 10 and split == "pretrain"):
             return a, b
 
 
@@ -113,7 +116,7 @@ def _check_sum(rng: random.Random, split: str) -> Row:
     right = a + b
     claimed = right if rng.random() < 0.5 else wrong_sum(rng, right)
     request = question(rng.choice(SUM_CORES).format(a=a, b=b, c=claimed), rng)
-    return chat(request, f"{a} plus {b} is {right}, so {'yes' if claimed == right else 'no'}.")
+    return chat(request, f"{a} plus {b} is {right}.")
 
 
 WHO = "I am Tilly, an assistant made by Fern Labs."

@@ -28,7 +28,7 @@ MODELS = ("aligned", "plain", "defended")
 RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
 # Where plain fine-tuning of the assistant learns the new skill and the unwanted behaviour and keeps most old skills
 # (benchmarks/results/testbed.md).
-DEMO_LR = 4.5e-4
+DEMO_LR = 4e-4
 DEMO_EPOCHS = 1
 DEMO_BATCH_SIZE = 32
 Say = Callable[[str], None]
