@@ -1,103 +1,106 @@
-"""The command: run cells that are not there yet, one JSON line each; print the table."""
+"""The command: run the cells that are not there yet, one JSON line each; print tables; draw plots."""
 
-import json
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from benchmarks.protection.table import markdown
+from benchmarks.protection.cells import Cell
+from benchmarks.protection.lines import missing, read_lines
+
+if TYPE_CHECKING:
+    from benchmarks.protection.one import Bench
 
 RESULTS = Path(__file__).parents[1] / "results/protection"
 ASSISTANT = Path(__file__).parents[2] / "src/secvec/assistant"
+PROMPTS, OLD = 300, 15
+SMOKE = 60, 3
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-Names = Annotated[list[str], typer.Option(help="Repeat for several.")]
+Grid = Annotated[str | None, typer.Option(help="A named grid (benchmarks/protection/grids.py).")]
+Names = Annotated[list[str] | None, typer.Option(help="Repeat for several.")]
+Results = Annotated[Path | None, typer.Option(help="The file of lines; by default that of the grid.")]
+Benign = Annotated[Path | None, typer.Option(help="A file of real rows, for the grid `natural`.")]
 
 
 @app.command()
 def run(
-    behaviour: Names = ["guarded"],  # noqa: B006
-    method: Names = ["plain", "ours"],  # noqa: B006
-    seed: Annotated[list[int], typer.Option(help="Repeat for several.")] = [0],  # noqa: B006
-    lr: Annotated[list[float], typer.Option(help="Repeat for several.")] = [3e-4],  # noqa: B006
+    grid: Grid = None,
+    behaviour: Names = None,
+    method: Names = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several.")] = None,
+    lr: Annotated[float | None, typer.Option(help="By default the best plain one.")] = None,
     tuning: str = "full",
-    skill: str = "dashes",
     rows: Annotated[int, typer.Option(help="Unwanted rows, and as many wanted ones.")] = 1000,
-    epochs: int = 1,
-    batch_size: int = 32,
-    n: Annotated[int, typer.Option(help="Held-out prompts for each rate.")] = 300,
+    jobs: Annotated[int, typer.Option(help="Processes at a time; they share the cores.")] = 1,
+    n: Annotated[int, typer.Option(help="Held-out prompts for each rate.")] = PROMPTS,
+    old: Annotated[int, typer.Option(help="Held-out prompts for each old skill.")] = OLD,
     model: Path = ASSISTANT,
-    results: Path = RESULTS / "runs.jsonl",
+    benign: Benign = None,
+    results: Results = None,
 ) -> None:
-    """Run each cell that the results do not hold yet."""
-    from secvec.train_config import TrainConfig
+    """Run each cell of a grid, or of the options, that the results do not hold yet."""
+    from benchmarks.protection.grids import BEST_LR, cells, of
+    from benchmarks.protection.one import Bench
 
-    results.parent.mkdir(parents=True, exist_ok=True)
-    there = {_key(line) for line in _lines(results)}
-    for name in behaviour:
-        for which in method:
-            for rate in lr:
-                for number in seed:
-                    config = TrainConfig(method=tuning, lr=rate, epochs=epochs, batch_size=batch_size, seed=number)  # pyright: ignore
-                    cell = {
-                        "behaviour": name, "method": which, "tuning": tuning, "lr": rate, "rows": rows, "seed": number,
-                        "skill": skill, "epochs": epochs, "batch_size": batch_size,
-                    }  # fmt: skip
-                    if _key(cell) not in there:
-                        line = {**cell, **_run(cell, config, model, n), "config": asdict(config)}
-                        with results.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
-                        print({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items() if k != "config"})
+    base = Cell("", "", tuning=tuning, lr=lr or BEST_LR[tuning], rows=rows, wanted=rows)
+    chosen = cells(grid) if grid else list(of(behaviour or ["guarded"], method or ["plain", "ours"], seed or [0], base))
+    bench = Bench(model, *(SMOKE if grid == "smoke" else (n, old)), benign)
+    raise typer.Exit(_run(chosen, bench, results or _file(grid), jobs))
 
 
 @app.command()
-def table(results: Path = RESULTS / "runs.jsonl") -> None:
-    """Print the results as Markdown: mean and worst over seeds."""
-    print(markdown(list(_lines(results))))
+def table(grid: Grid = None, results: Results = None, every_dial: bool = False) -> None:
+    """Print the results as Markdown: of a grid, with its missing cells, or all there are."""
+    from benchmarks.protection.grids import cells
+    from benchmarks.protection.plot import cells_of
+    from benchmarks.protection.published import beside
+    from benchmarks.protection.table import markdown
+
+    lines = read_lines([results or _file(grid)])
+    chosen = cells(grid) if grid else []
+    print(markdown(cells_of(lines, chosen) if grid else lines, chosen, every_dial=every_dial))
+    if grid == "paper":
+        print(f"\n{beside(cells_of(lines, chosen))}")
 
 
-def _run(cell: dict[str, Any], config: Any, model: Path, n: int) -> dict[str, Any]:
-    from benchmarks.protection.measure import measure
-    from benchmarks.protection.methods import METHODS, Setting
-    from benchmarks.testbed.behaviours import BEHAVIOURS
-    from benchmarks.testbed.skills import NEW_SKILLS
-    from secvec.provenance import versions
+@app.command()
+def plot(
+    grid: Grid = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder.")] = RESULTS / "plots",
+    results: Results = None,
+) -> None:
+    """Draw what a grid varies, or every method at one setting."""
+    from benchmarks.protection.grids import AXES, cells
+    from benchmarks.protection.plot import cells_of
+    from benchmarks.protection.plot import plot as draw
 
-    folder = Path(tempfile.mkdtemp(prefix="secvec-protection-"))
-    behaviour, skill = BEHAVIOURS[cell["behaviour"]], NEW_SKILLS[cell["skill"]]
-    setting = Setting(model, behaviour, skill, cell["rows"], cell["seed"], config, folder / "run")
-    started = time.monotonic()
-    try:
-        result = model if cell["method"] == "aligned" else METHODS[cell["method"]](setting)
-        seconds = time.monotonic() - started
-        measured = measure(result, behaviour, skill, n)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return {**measured, "n": n, "seconds": round(seconds, 1), "peak_bytes": _peak_bytes(), "versions": dict(versions())}
+    lines = read_lines([results or _file(grid)])
+    chosen = cells_of(lines, cells(grid)) if grid else lines
+    for path in draw(chosen, AXES.get(grid or "", "method"), out, grid or "all"):
+        print(path)
 
 
-def _peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+def _run(chosen: Sequence[Cell], bench: "Bench", results: Path, jobs: int) -> int:
+    from benchmarks.protection.jobs import estimated_s, run_all
+    from benchmarks.protection.one import model_name
+
+    lines = read_lines([results])
+    left = missing(chosen, lines, model_name(bench.model))
+    minutes = estimated_s(left, lines, jobs) / 60
+    print(f"{len(chosen)} cells, {len(left)} to run: about {minutes:.0f} min on {jobs} job(s)", flush=True)
+    # A command that is told to end takes its processes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    failed = run_all(left, bench, results, jobs)
+    return 1 if failed else 0
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        yield from (json.loads(line) for line in path.read_text().splitlines())
-
-
-def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(
-        line[k] for k in ("behaviour", "method", "tuning", "lr", "rows", "seed", "skill", "epochs", "batch_size")
-    )
+def _file(grid: str | None) -> Path:
+    """Return the file of a grid: they share one, so that no run is made twice; smoke asks less and has its own."""
+    return RESULTS / ("smoke.jsonl" if grid == "smoke" else "runs.jsonl")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     app()

@@ -1,0 +1,91 @@
+"""Run one cell and return its line."""
+
+import hashlib
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import METHODS
+from benchmarks.methods.runs import REFUSED
+from benchmarks.protection.cases import Case, train_config
+from benchmarks.protection.cells import Cell
+from benchmarks.protection.lines import Line
+from benchmarks.protection.measure import measure
+from secvec.errors import NotDefendedError, UsageError
+from secvec.provenance import digest_model, versions
+
+ROOT = Path(__file__).parents[2]
+_ROUND_PROMPTS, _ROUND_OLD = 100, 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of one command share. n: prompts for each rate; old: for each old skill."""
+
+    model: Path
+    n: int
+    old: int
+    benign: Path | None = None
+
+
+def model_name(model: Path) -> str:
+    """Return a model's folder name and the start of its digest: results of other weights are other results."""
+    return f"{model.name}@{digest_model(model).partition(':')[2][:12]}"
+
+
+def line_of(cell: Cell, bench: Bench) -> Line:
+    """Run a cell and return its line.
+
+    A method that refuses to give a model (`secvec.errors.NotDefendedError`) has a line that says so and no rates.
+    """
+    if cell.method not in METHODS:
+        raise UsageError(f"method: expected one of {', '.join(METHODS)}, found {cell.method!r}")
+    line: Line = {**cell.document(), "model": model_name(bench.model)}
+    folder = Path(tempfile.mkdtemp(prefix="secvec-protection-"))
+    started = time.monotonic()
+    try:
+        line |= _measured(cell, bench, folder, started)
+    except NotDefendedError as error:
+        line |= {"refused": str(error), "seconds": round(time.monotonic() - started, 1)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    about = {"code": code(), "versions": dict(versions()), "config": asdict(train_config(cell))}
+    return {**line, "peak_bytes": _peak_bytes(), **about}
+
+
+def _measured(cell: Cell, bench: Bench, folder: Path, started: float) -> dict[str, Any]:
+    method, model, rounds = METHODS[cell.method], bench.model, list[dict[str, Any]]()
+    for number in range(cell.rounds):
+        case = Case(replace(cell, seed=cell.seed + 1000 * number), bench.benign)
+        model = method.run(case.setting(model, folder / f"round-{number}"))
+        if cell.rounds > 1:
+            found = measure(model, case, method.as_trained, min(_ROUND_PROMPTS, bench.n), old=_ROUND_OLD)
+            rounds.append({key: found[key] for key in ("unwanted_rate", "wanted_skill", "old_skills")})
+    seconds = round(time.monotonic() - started, 1)
+    found = measure(model, _last(cell, bench), method.as_trained, bench.n, old=bench.old)
+    refused = [path.read_text(encoding="utf-8") for path in folder.glob(REFUSED)]
+    extra = {"rounds_measured": rounds} if rounds else {}
+    return {**found, "seconds": seconds, **extra, **({"unproved": refused[-1]} if refused else {})}
+
+
+def _last(cell: Cell, bench: Bench) -> Case:
+    """Return the case of the last round: its rows are the training-like ones."""
+    return Case(replace(cell, seed=cell.seed + 1000 * (cell.rounds - 1)), bench.benign)
+
+
+def code() -> str:
+    """Return a digest of all code that a result depends on."""
+    digest = hashlib.sha256()
+    for folder in ("src/secvec", "benchmarks/methods", "benchmarks/protection", "benchmarks/testbed"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _peak_bytes() -> int:
+    """Return the highest resident memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
