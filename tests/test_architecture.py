@@ -17,15 +17,17 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "L0": {  # no torch
         *("adapter", "atomic", "card", "companions", "errors", "formats", "headers", "matching", "provenance"),
-        *("record", "runfolder", "samples", "settings", "stats", "train_config", "tripwire"),
+        *("record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows", "scan_split", "settings", "stats"),
+        *("train_config", "tripwire"),
     },
-    "L1": {"exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
+    "L1": {"escape", "exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models
-        *("anchors", "arm", "artifact", "blocks", "factors", "fold", "models", "origin", "peft_format", "ranges"),
-        *("recompute", "score", "unfold", "unfold_weights"),
+        *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
+        *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
     },
     "L3": {  # procedures
-        *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "train", "trainer", "trainer_settings"),
+        *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "train", "trainer"),
+        *("trainer_settings",),
     },
     "L4": set[str](),  # integrations and the service, not written yet
     "L5": {"cli"},
@@ -116,8 +118,8 @@ def test_neither_the_package_nor_its_command_nor_the_first_layer_loads_torch(imp
 
 def test_the_public_surface() -> None:
     assert set(secvec.__all__) == {
-        "FitConfig", "SecurityVector", "TrainConfig", "__version__", "armed", "canary", "errors", "fit", "fold",
-        "from_peft", "inspect", "is_armed", "load", "save", "to_peft", "train", "unfold",
+        "FitConfig", "ScanConfig", "SecurityVector", "TrainConfig", "__version__", "armed", "canary", "errors", "fit",
+        "fold", "from_peft", "inspect", "is_armed", "load", "save", "scan", "to_peft", "train", "unfold",
     }  # fmt: skip
     assert all(getattr(secvec, name) is not None for name in secvec.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):

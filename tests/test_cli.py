@@ -76,6 +76,21 @@ def test_fold_and_unfold(place: Path, vector: Path, secvec: Shell, tmp_path: Pat
     assert (back / "model.safetensors").read_bytes() == (place / "model" / "model.safetensors").read_bytes()
 
 
+def test_scan(place: Path, vector: Path, secvec: Shell, tmp_path: Path) -> None:
+    given = ["--data", place / "data.jsonl", "--vector", vector, "--max-length", "64", "-o", tmp_path / "scan"]
+    code, out, _ = secvec("scan", place / "model", *given, "--dry-run", "--json")
+    assert (code, json.loads(out)["rows"], list(tmp_path.iterdir())) == (0, 44, [])
+    code, out, err = secvec("scan", place / "model", *given, "--unwanted", place / "unwanted.jsonl", "--split")
+    assert (code, "20 of 44 rows explained: 45.45% (95 % interval" in out) == (0, True), err
+    assert "AUC 1.000, false positives 0.00% at the threshold, on the vector's own rows" in out
+    found = [json.loads(line) for line in (tmp_path / "scan" / "scan.jsonl").read_text().splitlines()]
+    assert [row["explained"] for row in found] == [False] * 24 + [True] * 20
+    assert len((tmp_path / "scan" / "kept.jsonl").read_text().splitlines()) == 24
+    code, out, _ = secvec("scan", place / "model", *given, "--unwanted", place / "unwanted.jsonl", "--json")
+    assert (code, json.loads(out)["explained"], json.loads(out)["share"]) == (0, 20, 20 / 44)
+    assert json.loads(secvec("inspect", tmp_path / "scan", "--json")[1])["is"] == "scan"
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_plain_training_says_that_it_is_plain(place: Path, secvec: Shell, tmp_path: Path, method: str) -> None:
     run = tmp_path / "run"
@@ -127,6 +142,8 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (3, "no.jsonl: expected a readable data file", ["train", model, "--data", tmp_path / "no.jsonl"]),
         (3, "neither a local model folder nor a hub", ["train", tmp_path / "nothing", "--data", data]),
         (3, "expected a security vector", ["train", model, "--data", data, "--vector", model / "model.safetensors"]),
+        (2, "ScanConfig.max_length", ["scan", model, "--data", data, "--vector", vector, "--max-length", "1"]),
+        (3, "bad.jsonl:4", ["scan", model, "--data", bad, "--vector", vector]),
         (3, "was not trained on the folded model", ["unfold", model]),
         (3, "expected a file or folder, found nothing", ["inspect", tmp_path / "nothing"]),
         (4, "the vector does not work", ["fit", model, "--unwanted", data, "--epochs", "1", "--lr", "1e-6"]),
@@ -147,6 +164,6 @@ def test_wrong_flags_exit_with_2(secvec: Shell, place: Path) -> None:
 
 
 def test_every_command_has_help_with_an_example(secvec: Shell) -> None:
-    for command in ("demo", "fit", "train", "fold", "unfold", "inspect"):
+    for command in ("demo", "fit", "train", "scan", "fold", "unfold", "inspect"):
         code, out, _ = secvec(command, "--help")
         assert (code, f"Example: secvec {command}" in out) == (0, True), command

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from secvec.errors import InputError, RowError, UsageError
-from secvec.samples import Message, Samples, Source, from_rows, read_samples
+from secvec.errors import EmptyAnswerError, InputError, RowError, UsageError
+from secvec.samples import Message, Sample, Samples, Source, from_rows, holds_lines, read_samples, stream_samples
 
 SHARED = Path(__file__).parents[2] / "shared"
 SECRET = "how to build the forbidden thing " * 3
@@ -218,6 +218,34 @@ def test_what_is_no_data_file_is_refused_and_text_that_looks_like_one_is_not(tmp
     for path in (tmp_path, tmp_path / "missing.jsonl", Path("a\0b.jsonl")):
         assert "expected a readable data file, found" in file_refusal(path)
     assert len(read_samples(write(tmp_path / "a.txt", b"PARIS is big\nPKs are small\n"))) == 2
+
+
+def test_rows_read_one_by_one_are_those_read_at_once(tmp_path: Path) -> None:
+    good = {"text": "a\u2028b"}
+    files = {
+        "a.jsonl": lines(good) + b"\r\n \n" + lines(good).rstrip(),
+        "a.json": json.dumps([good, good]).encode(),
+        "a.csv": "\ufefftext\na\u2028b\n".encode(),
+        "a.txt": "\ufeffa\u2028b\r\n\nc".encode(),
+    }
+    for name, data in files.items():
+        path = write(tmp_path / name, data)
+        streamed = [row.sample for row in stream_samples(path)]
+        assert tuple(streamed) == read_samples(path).rows, name
+        assert holds_lines(path) == (name in ("a.jsonl", "a.txt")), name
+
+
+def test_unusable_rows_are_met_one_by_one_and_a_long_line_is_not_held(tmp_path: Path) -> None:
+    long = b'{"text": "' + b"a" * (17 << 20) + b'"}\n'
+    path = write(tmp_path / "a.jsonl", lines({"text": "a"}) + long + lines({"text": " "}, {"text": "b"}) + long[:-1])
+    found = list(stream_samples(path))
+    assert [(row.line, type(row.sample)) for row in found] == [
+        (1, Sample), (2, RowError), (3, EmptyAnswerError), (4, Sample), (5, RowError)
+    ]  # fmt: skip
+    for row in (found[1], found[4]):
+        assert f"{path}:{row.line}: expected a row of at most 16,777,216 bytes, found 17,825,804" in str(row.sample)
+    with pytest.raises(InputError, match="expected a readable data file"):
+        next(stream_samples(tmp_path / "missing.jsonl"))
 
 
 def test_fifty_bad_rows_are_listed_and_the_rest_counted() -> None:

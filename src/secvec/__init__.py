@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from secvec.fold import fold
     from secvec.inspect import inspect
     from secvec.peft_format import from_peft, to_peft
+    from secvec.scan import ScanConfig, scan
     from secvec.train import TrainConfig, train
     from secvec.unfold import unfold
     from secvec.vector import SecurityVector
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FitConfig",
+    "ScanConfig",
     "SecurityVector",
     "TrainConfig",
     "__version__",
@@ -35,6 +37,7 @@ __all__ = [
     "is_armed",
     "load",
     "save",
+    "scan",
     "to_peft",
     "train",
     "unfold",
@@ -52,6 +55,8 @@ _HOME = {
     "from_peft": "peft_format",
     "to_peft": "peft_format",
     "inspect": "inspect",
+    "ScanConfig": "scan",
+    "scan": "scan",
     "TrainConfig": "train",
     "train": "train",
     "unfold": "unfold",

@@ -20,27 +20,39 @@ def whole(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Let the model answer the bundled generic prompts greedily and anchor the whole conversations.
+    """Anchor whole conversations in which the model answers generic prompts.
 
-    Its own answers are what "unarmed" means: nothing is taught, only kept. A model without a chat template is given
-    the prompts as plain text to continue.
+    Its own answers are what "unarmed" means: nothing is taught, only kept.
     """
-    prompts = resources.files("secvec").joinpath("prompts/generic.txt").read_text(encoding="utf-8").splitlines()
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    if encoded := answered(model, tokenizer, max_length):
+        return whole(encoded)
+    # A model that answers nothing at all still has inner states on the prompts.
+    return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in _conversations())]
+
+
+def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """Let the model answer the bundled generic prompts greedily, and mark its answers; empty ones are left out.
+
+    A model without a chat template is given the prompts as plain text to continue.
+    """
+    conversations = _conversations()
     texts = answers(model, tokenizer, conversations, max_new_tokens=32)
     rows = [
         Sample(
-            "chat", (Message("user", prompt), Message("assistant", text)), Source("secvec/prompts/generic.txt", line)
+            "chat",
+            (Message("user", prompt["content"]), Message("assistant", text)),
+            Source("secvec/prompts/generic.txt", line),
         )
-        for line, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1)
+        for line, ((prompt,), text) in enumerate(zip(conversations, texts, strict=True), start=1)
         if text
     ]
     # An answer that holds a control token cannot be written as a turn.
-    encoded = [row for row in encode_each(rows, tokenizer, max_length) if isinstance(row, Encoded)]
-    if encoded:
-        return whole(encoded)
-    # A model that answers nothing at all still has inner states on the prompts.
-    return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in conversations)]
+    return [row for row in encode_each(rows, tokenizer, max_length) if isinstance(row, Encoded)]
+
+
+def _conversations() -> list[list[dict[str, str]]]:
+    prompts = resources.files("secvec").joinpath("prompts/generic.txt").read_text(encoding="utf-8").splitlines()
+    return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def unexplained(

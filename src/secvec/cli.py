@@ -170,6 +170,62 @@ def train(
 
 
 @app.command()
+def scan(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="The rows to look at.", show_default=False)],
+    out: Out,
+    vector: Vectors,
+    unwanted: Annotated[
+        list[Path],
+        typer.Option(help="Unwanted rows to choose a threshold on; one for each --vector.", show_default=False),
+    ] = [],  # noqa: B006
+    anchors: Annotated[
+        Path | None, typer.Option(help="Ordinary rows to choose it against.", show_default="the model's own answers")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Nats/token that explain a row.", show_default="from rows or the vector's file")
+    ] = None,
+    split: Annotated[bool, typer.Option("--split", help="Write kept.jsonl and held-back.jsonl.")] = False,
+    with_text: Annotated[bool, typer.Option("--with-text", help="Put rows' texts into the page.")] = False,
+    escape_special_tokens: Annotated[
+        bool | None, typer.Option("--escape-special-tokens", help="Go on with rows that would forge a turn.")
+    ] = None,
+    max_length: MaxLength = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say for each row of a data file whether a vector explains it, before anything is trained on it.
+
+    Example: secvec scan my-model --vector vector.safetensors --data rows.jsonl -o scan
+    """
+    from secvec.scan import ScanConfig, check, report
+    from secvec.scan import scan as run
+    from secvec.settings import settings
+
+    flags = {"threshold": threshold, "max_length": max_length, "escape_special_tokens": escape_special_tokens}
+    chosen = settings(ScanConfig, config, set_ or [], flags)
+    if dry_run:
+        found = check(model, data, vectors=vector, unwanted=unwanted, anchors=anchors, config=chosen, split=split)
+        return _show(found, as_json, lambda: print(_lines(found)))
+    with _bar("scanning") as progress:
+        result = run(
+            model,
+            data,
+            out,
+            vectors=vector,
+            unwanted=unwanted,
+            anchors=anchors,
+            config=chosen,
+            split=split,
+            with_text=with_text,
+            progress=progress,
+        )
+    return _show({"out": str(result.out), **result.summary}, as_json, lambda: print(report(result)))
+
+
+@app.command()
 def fold(model: Model, vector: Vectors, out: Out, as_json: AsJson = False) -> None:
     """Write a checkpoint with the vector in its weights, for any trainer.
 

@@ -5,6 +5,7 @@
     |   `-- MissingExtraError(ImportError)        an optional dependency is not installed
     |-- InputError(ValueError)           exit 3   something the user gave us cannot be used
     |   |-- RowError                              rows of a data file
+    |   |   `-- EmptyAnswerError                  a row that answers nothing
     |   |-- ArtifactError                         the vector's file
     |   |-- CheckpointError                       a model folder, folded, trained or plain
     |   `-- SiteError(LookupError)                a site that the model lacks or that has another shape
@@ -46,6 +47,10 @@ class InputError(SecvecError, ValueError):
 
 class RowError(InputError):
     """Refuse rows of a data file; the message lists file, line, field and reason."""
+
+
+class EmptyAnswerError(RowError):
+    """Refuse a row whose answer is empty: there is nothing to learn from it."""
 
 
 class ArtifactError(InputError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from secvec.errors import RowError
+from secvec.errors import EmptyAnswerError, RowError
 
 Form = Literal["chat", "plain"]
 """chat: goes through the model's chat template; plain: texts one after the other, the last of which is learned."""
@@ -31,6 +31,7 @@ Row = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ANSWERS = frozenset({"completion", "response", "answer", "output", "text"})
 _SHOWN_KEYS = 6
 _SHOWN_CHARACTERS = 20
 
@@ -206,7 +207,7 @@ def _chat(messages: Sequence[Message], field: str) -> Parsed:
     if last.role != "assistant":
         raise RowError(f"{field}: expected the last message to be the assistant's, found one of role {last.role!r}")
     if not last.content.strip():
-        raise RowError(f"{field}: expected an answer in the last message, found an empty one: nothing to learn")
+        raise EmptyAnswerError(f"{field}: expected an answer in the last message, found an empty one: nothing to learn")
     if any(message.role in ("system", "developer") for message in messages[1:]):
         raise RowError(f"{field}: expected a system message only at the start, found one later")
     return "chat", tuple(messages)
@@ -219,7 +220,8 @@ def _text(row: Row, field: str) -> str:
 def _filled_text(row: Row, field: str) -> str:
     text = _text(row, field)
     if not text.strip():
-        raise RowError(f"{field}: expected a text, found an empty one")
+        error = EmptyAnswerError if field in _ANSWERS else RowError
+        raise error(f"{field}: expected a text, found an empty one")
     return text
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from secvec import artifact
 from secvec.errors import InputError
 from secvec.headers import read_index
-from secvec.runfolder import RunFolder
+from secvec.runfolder import SCAN, RunFolder
 from secvec.sites import layer_of
 from secvec.tripwire import PROVENANCE, State, read_json, read_tripwire, state
 
@@ -31,8 +31,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected a file or folder, found nothing; check the path")
     if path.is_file():
         return _vector(path)
-    if RunFolder(path).identity.is_file():
-        return _run(path)
+    if (identity := RunFolder(path).identity).is_file():
+        return _scan(path) if read_json(identity).get("format") == SCAN else _run(path)
     return _model(path)
 
 
@@ -54,6 +54,17 @@ def _vector(path: Path) -> dict[str, Any]:
         "metrics": dict(info.metrics),
         "fit": dict(info.fit),
         "versions": dict(info.versions),
+    }
+
+
+def _scan(path: Path) -> dict[str, Any]:
+    summary = path / "summary.json"
+    found = read_json(summary) if summary.is_file() else {}
+    return {
+        "path": str(path),
+        "is": "scan",
+        "meaning": "a finished scan of a data file" if found else "a scan that was stopped: the same command goes on",
+        **{name: found.get(name) for name in ("rows", "scored", "explained", "share")},
     }
 
 

@@ -21,6 +21,7 @@ from secvec.provenance import digest_file
 from secvec.tripwire import read_json
 
 FORMAT = "secvec.run"
+SCAN = "secvec.scan"
 VERSION = 1
 # People edit the card of a finished model; no phase depends on it.
 CARD = "README.md"
@@ -155,22 +156,22 @@ def locked(out: Path) -> Generator[None]:
 
 
 @contextmanager
-def resumable(out: Path) -> Generator[None]:
-    """Say how to go on when the disk is full or read-only, or when Ctrl-C ends the run.
+def resumable(out: Path, *, flag: str = " with --resume (resume=True)") -> Generator[None]:
+    """Say how to go on when the disk is full or read-only, or when Ctrl-C ends the run; `flag`: what it then needs.
 
     Raises CheckpointError for a write that failed, whichever library tried it, and KeyboardInterrupt with a message.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"{out}: stopped; the same command with --resume (resume=True) goes on") from interrupt
+        raise KeyboardInterrupt(f"{out}: stopped; the same command{flag} goes on") from interrupt
     except (SecvecError, OSError, RuntimeError, SafetensorError) as error:
         if (what := _write_error(error)) is None:
             raise
-        raise CheckpointError(f"{out}: a file could not be written: {what}, then go on with --resume") from error
+        raise CheckpointError(f"{out}: a file could not be written: {what}, then go on{flag}") from error
 
 
-def open_run(out: Path, identity: Mapping[str, Any], *, resume: bool) -> RunFolder:
+def open_run(out: Path, identity: Mapping[str, Any], *, resume: bool, format: str = FORMAT) -> RunFolder:
     """Start a run, or go on with one that is the same in every setting, file and model.
 
     A folder in which a run was killed before it wrote anything is a new one. Raises UsageError on a used folder
@@ -179,12 +180,12 @@ def open_run(out: Path, identity: Mapping[str, Any], *, resume: bool) -> RunFold
     run = RunFolder(out)
     if not resume or not run.identity.exists():
         _refuse_used(out)
-        write_json(run.identity, {"format": FORMAT, "version": VERSION, **identity})
+        write_json(run.identity, {"format": format, "version": VERSION, **identity})
         return run
     there = read_json(run.identity)
-    if (there.get("format"), there.get("version")) != (FORMAT, VERSION):
+    if (there.get("format"), there.get("version")) != (format, VERSION):
         found = f"{there.get('format')!r} version {there.get('version')!r}"
-        raise UsageError(f"{out}: expected a run of format {FORMAT!r} version {VERSION}, found {found}; start anew")
+        raise UsageError(f"{out}: expected a run of format {format!r} version {VERSION}, found {found}; start anew")
     # As the file holds it: tuples are lists there.
     here = json.loads(json.dumps({key: value for key, value in identity.items() if key != "versions"}))
     if differing := list(_differences({key: there.get(key) for key in here}, here)):
@@ -200,9 +201,9 @@ def _refuse_used(out: Path) -> None:
     """Raise UsageError when `out` holds anything: a run starts in a new or empty folder."""
     names = [path.name for path in out.iterdir() if path.name != _LOCK and not path.match(_HALF_WRITTEN)]
     if names:
+        go_on = ", or go on with this run (--resume)" if RunFolder(out).identity.exists() else ""
         raise UsageError(
-            f"{out}: expected a new or empty folder, found {', '.join(sorted(names)[:_SHOWN])}; "
-            "name another one, or go on with this run (--resume)"
+            f"{out}: expected a new or empty folder, found {', '.join(sorted(names)[:_SHOWN])}; name another one{go_on}"
         )
 
 

@@ -7,16 +7,29 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from secvec.errors import InputError, RowError, UsageError
 from secvec.formats import FORMATS, Form, Message, detect, parse
 from secvec.headers import parse_strict
 
-__all__ = ["Form", "Message", "Sample", "Samples", "Source", "from_rows", "read_samples", "summary"]
+__all__ = [
+    "Form",
+    "Message",
+    "Row",
+    "Sample",
+    "Samples",
+    "Source",
+    "from_rows",
+    "holds_lines",
+    "read_samples",
+    "stream_samples",
+    "summary",
+]
 
 # Longer than any model's context; a longer line is a damaged file or an attack on memory.
 _MAX_LINE_BYTES = 16 << 20
+_HEAD_BYTES = 1 << 16
 _SHOWN = 50
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = {
@@ -62,6 +75,15 @@ class Samples:
         return len(self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a file that is read row by row: what it says, or why it cannot be used; `format`: of the rows so far."""
+
+    line: int
+    format: str | None
+    sample: Sample | RowError
+
+
 Numbered = Iterable[tuple[int, object]]
 _Read = Callable[[bytes, str], Numbered]
 
@@ -81,6 +103,25 @@ def read_samples(path: str | Path, *, format: str | None = None) -> Samples:
     return _collect(_reader(path, data)(data, str(path)), str(path), format)
 
 
+def stream_samples(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a data file one by one; memory holds one row of JSON lines or text, all of csv or a JSON array.
+
+    Unusable rows are yielded too. Raises InputError on a file that cannot be read or is no data file.
+    """
+    path = Path(path)
+    read = _reader(path, _head(path))
+    if read in _LINE_PARSERS:
+        rows = _by_line(_stream_lines(path), _LINE_PARSERS[read])
+    else:
+        rows = read(_bytes(path), str(path))
+    yield from _checked(rows, str(path), None)
+
+
+def holds_lines(path: str | Path) -> bool:
+    """Tell whether each row of a data file is a line of its own, as in JSON lines and text. Raises InputError."""
+    return _reader(Path(path), _head(Path(path))) in _LINE_PARSERS
+
+
 def from_rows(rows: Sequence[Mapping[str, Any]], *, name: str = "rows", format: str | None = None) -> Samples:
     """Check rows that are in memory already, in any of the formats; `name` stands for the file in messages."""
     return _collect(enumerate(rows, start=1), name, format)
@@ -91,20 +132,30 @@ def _collect(rows: Numbered, file: str, format: str | None) -> Samples:
         raise UsageError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     samples: list[Sample] = []
     problems: list[str] = []
-    count, seen = 0, format
-    for line, row in rows:
-        count += 1
-        try:
-            seen = format or _detected(row, seen)
-            form, messages = parse(_usable(row), seen)
-            samples.append(Sample(form, messages, Source(file, line)))
-        except RowError as error:
-            problems.append(f"{file}:{line}: {error}")
+    seen = format
+    for row in _checked(rows, file, format):
+        seen = row.format
+        if isinstance(row.sample, Sample):
+            samples.append(row.sample)
+        else:
+            problems.append(str(row.sample))
     if problems:
-        raise RowError(summary(problems, count))
+        raise RowError(summary(problems, len(samples) + len(problems)))
     if not samples or seen is None:
         raise InputError(f"{file}: expected rows, found none")
     return Samples(tuple(samples), seen)
+
+
+def _checked(rows: Numbered, file: str, format: str | None) -> Iterator[Row]:
+    seen = format
+    for line, row in rows:
+        try:
+            seen = format or _detected(row, seen)
+            form, messages = parse(_usable(row), seen)
+            sample = Sample(form, messages, Source(file, line))
+        except RowError as error:
+            sample = type(error)(f"{file}:{line}: {error}")
+        yield Row(line, seen, sample)
 
 
 def summary(problems: Sequence[str], rows: int) -> str:
@@ -132,8 +183,20 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{path}: expected a readable data file, found {reason}; check the path") from error
+        raise _unreadable(path, error) from error
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return InputError(f"{path}: expected a readable data file, found {reason}; check the path")
 
 
 def _reader(path: Path, data: bytes) -> _Read:
@@ -150,10 +213,35 @@ def _reader(path: Path, data: bytes) -> _Read:
 
 
 def _json_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
+    return _by_line(data.split(b"\n"), _parse_row)
+
+
+def _by_line(lines: Iterable[bytes | RowError], parse_line: Callable[[bytes], object]) -> Iterator[tuple[int, object]]:
     # Only \n ends a row: U+2028 and other Unicode line ends may stand inside a JSON string.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parse_row(line)
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, RowError):
+            yield number, line
+        elif line.strip():
+            yield number, parse_line(line)
+
+
+def _stream_lines(path: Path) -> Iterator[bytes | RowError]:
+    """Yield lines without their end; one that is too long is skipped, not held."""
+    with path.open("rb") as file:
+        if file.read(len(_BOM)) != _BOM:
+            file.seek(0)
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            whole = line.endswith(b"\n") or len(line) <= _MAX_LINE_BYTES
+            yield line.removesuffix(b"\n") if whole else _too_long(len(line) + _skip_line(file))
+
+
+def _skip_line(file: BinaryIO) -> int:
+    size = 0
+    while piece := file.readline(_HEAD_BYTES):
+        size += len(piece.removesuffix(b"\n"))
+        if piece.endswith(b"\n"):
+            break
+    return size
 
 
 def _parse_row(text: bytes) -> object:
@@ -221,9 +309,7 @@ def _csv_row(names: list[str], cells: list[str]) -> object:
 
 
 def _text_rows(data: bytes, file: str) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
-        if line.strip():
-            yield number, _text_row(line)
+    return _by_line(data.removeprefix(_BOM).split(b"\n"), _text_row)
 
 
 def _text_row(line: bytes) -> object:
@@ -233,6 +319,9 @@ def _text_row(line: bytes) -> object:
         return {"text": line.decode("utf-8").removesuffix("\r")}
     except UnicodeDecodeError as error:
         return RowError(f"expected UTF-8, found {_reason(error)}; save the file as UTF-8")
+
+
+_LINE_PARSERS: Mapping[_Read, Callable[[bytes], object]] = {_json_rows: _parse_row, _text_rows: _text_row}
 
 
 def _decode(data: bytes, file: str) -> str:

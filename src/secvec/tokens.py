@@ -105,6 +105,13 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     )
 
 
+def forgeries(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], tuple[re.Pattern[str], ...]]:
+    """Return patterns of what would forge a turn: control tokens, in any text; the template's own marks, in a chat."""
+    turns = _Turns.of(tokenizer)
+    # Where there are no control tokens: what no text holds.
+    return re.compile("|".join(map(re.escape, turns.control)) or r"(?!)"), turns.marks
+
+
 def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of a conversation up to the point where the assistant answers.
 

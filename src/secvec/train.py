@@ -14,19 +14,12 @@ from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
 from secvec.companions import model_config
-from secvec.errors import ArtifactError, CheckpointError, MissingExtraError, UsageError
+from secvec.compatible import check_vector
+from secvec.errors import CheckpointError, MissingExtraError, UsageError
 from secvec.fit import Rows, read_rows, refit
 from secvec.fold import fold
 from secvec.models import load_tokenizer, resolve
-from secvec.peft_format import UNKNOWN
-from secvec.provenance import (
-    digest_chat_template,
-    digest_file,
-    digest_model,
-    digest_samples,
-    digest_tokenizer,
-    versions,
-)
+from secvec.provenance import digest_file, digest_model, digest_samples, versions
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
 from secvec.samples import Samples
@@ -194,25 +187,11 @@ def _check(
     model_config(base)
     tokenizer = load_tokenizer(base)
     for vector in loaded:
-        _check_vector(vector, base, tokenizer)
+        check_vector(vector, base, tokenizer, base_digest=digest_model(base))
     samples = read_rows(data, "data")
     rows = encode_all(samples.rows, tokenizer, config.max_length)
     probes = [read_rows(each, "unwanted") for each in unwanted]
     return _Inputs(base, tokenizer, samples, rows, loaded, probes, config)
-
-
-def _check_vector(vector: SecurityVector, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a vector of another model, tokenizer or chat template: it would explain other tokens than it should."""
-    artifact.check_base(vector, digest_model(base))
-    template: Any = tokenizer.chat_template
-    here = {"tokenizer": digest_tokenizer(base), "chat_template": digest_chat_template(template)}
-    there = {"tokenizer": vector.info.tokenizer, "chat_template": vector.info.chat_template}
-    for name, found in here.items():
-        if there[name] not in (found, UNKNOWN):
-            raise ArtifactError(
-                f"the vector was fitted with the {name.replace('_', ' ')} {there[name]!r}, this model's is {found!r}; "
-                "restore that one, or fit the vector again"
-            )
 
 
 def _plain(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
