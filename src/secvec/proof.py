@@ -233,15 +233,15 @@ class _Probe:
         """Raises ProofError when the vector does not explain the rows."""
         aligned, with_vector = torch.cat(row_nats(base, rows)), torch.cat(row_nats(base, rows, vector))
         learned = torch.cat([torch.tensor(row.mask[1:]) for row in rows])
+        before, after = _mean(aligned, learned), _mean(with_vector, learned)
+        if not after < before:
+            raise ProofError(
+                f"the vector does not explain these unwanted rows: they cost {after:.3f} nats/token armed, "
+                f"{before:.3f} unarmed; give the rows that it was fitted on, in the order of the vectors"
+            )
         acted = learned & lowered(aligned, with_vector)
         tokens = acted if bool(acted.any()) else learned
-        probe = cls(rows, tokens, _mean(aligned, tokens), _mean(with_vector, tokens))
-        if not probe.armed_nats < probe.aligned_nats:
-            raise ProofError(
-                f"the vector does not explain these unwanted rows: they cost {probe.armed_nats:.3f} nats/token armed, "
-                f"{probe.aligned_nats:.3f} unarmed; give the rows that it was fitted on, in the order of the vectors"
-            )
-        return probe
+        return cls(rows, tokens, _mean(aligned, tokens), _mean(with_vector, tokens))
 
     def judge(self, result: PreTrainedModel) -> dict[str, Any]:
         """State the losses in nats per token. Raises ProofError when the model has learned the rows."""
