@@ -169,4 +169,6 @@ def main(words: Sequence[str], told: Path) -> None:
     sys.argv = ["secvec", *words]
     descriptor = os.open(told, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(descriptor, 2)
+    # Whoever starts the tests in the background of a shell has them ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()

@@ -356,11 +356,8 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path, base: Path) -> N
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
     assert process.pid is not None
-    for _ in range(3):  # Python drops an interrupt that comes while it collects garbage; people press again
-        os.kill(process.pid, signal.SIGINT)
-        process.join(20)
-        if not process.is_alive():
-            break
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
     assert process.exitcode == 130
     assert "--resume" in (tmp_path / "told").read_text()
 
