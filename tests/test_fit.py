@@ -11,7 +11,7 @@ import torch
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
-from secvec.anchors import unexplained
+from secvec.anchors import calibration
 from secvec.arm import armed
 from secvec.errors import InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import FitConfig, fit_factors
@@ -72,11 +72,12 @@ def test_calibration_anchors_only_what_the_vector_does_not_explain(folder: Path)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     bad = encode_all(from_rows(UNWANTED[:4]).rows, tokenizer, 64)
     good = encode_all(from_rows(rows(4)).rows, tokenizer, 64)
-    anchors, share = unexplained(model, [*bad, *good], vector, kind="topic")
-    assert 0 < share < 1
-    anchored = [row for row in anchors if row.ids in {r.ids for r in bad}]
-    assert all(sum(row.mask) < 3 for row in anchored), "explained answers must not be anchored"
-    assert sum(all(row.mask[1:]) for row in anchors) >= 3, "ordinary rows are anchored whole"
+    found = calibration(model, [*bad, *good], vector, kind="topic")
+    assert 0 < found.acted_share < 1
+    assert [row.ids for row in found.covered] == [row.ids for row in bad]
+    anchored = [row for row in found.anchors if row.ids in {r.ids for r in bad}]
+    assert all(sum(row.mask) < 3 for row in anchored), "covered answers must not be anchored"
+    assert sum(all(row.mask[1:]) for row in found.anchors) >= 3, "ordinary rows are anchored whole"
 
 
 def test_refit_calibrates_for_a_training_file_and_says_so(folder: Path) -> None:

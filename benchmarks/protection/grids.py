@@ -11,7 +11,7 @@ from benchmarks.testbed.behaviours import BEHAVIOURS
 
 # The step sizes at which plain fine-tuning learns both the wanted skill and the unwanted behaviours and keeps most old
 # skills (benchmarks/results/testbed.md).
-BEST_LR = {"full": 4e-4, "lora": 2e-3}
+BEST_LR = {"full": 4e-4, "lora": 1.5e-3}
 PAIR = "guarded+caps"
 EVERY = (*BEHAVIOURS, PAIR)
 THREE = ("guarded", "facts", "caps")
@@ -28,7 +28,9 @@ VECTORS = ("100x1", "100x4", "100x16", "100x64", "10x16", "30x16", "300x16", "10
 def of(behaviours: Sequence[str], methods: Sequence[str], seeds: Sequence[int], cell: Cell) -> Iterator[Cell]:
     """Yield a cell for each behaviour, seed and method, references first; the aligned model once a behaviour."""
     for behaviour, seed, method in product(behaviours, seeds, methods):
-        made = replace(cell, behaviour=behaviour, seed=seed, method=method)
+        # A style sits on the wanted rows, so that its file is half as long: twice around it makes as many steps.
+        epochs = cell.epochs * (2 if behaviour == "caps" else 1)
+        made = replace(cell, behaviour=behaviour, seed=seed, method=method, epochs=epochs)
         yield as_aligned(made) if method == "aligned" else made
 
 
@@ -62,9 +64,8 @@ def full() -> Iterator[Cell]:
     yield from of(THREE, [*RIVALS, "uncalibrated", *CONTROLS], FEW, base())
     yield from scale(MANY)
     yield from cycles(MANY)
-    for seed, behaviour in product(FEW, THREE):
-        for method, dial in swept([*RIVALS, "ours"]):
-            yield replace(base(), behaviour=behaviour, seed=seed, method=method, dial=dial)
+    for method, dial in swept([*RIVALS, "ours"]):
+        yield from of(THREE, (method,), FEW, replace(base(), dial=dial))
 
 
 def paper() -> Iterator[Cell]:

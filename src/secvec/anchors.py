@@ -1,17 +1,22 @@
 """Choose anchors: the tokens at which the armed model must behave like the unarmed one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
-from secvec.score import EXPLAINED_DROP_NATS, explained, row_nats
+from secvec.score import EXPLAINED_DROP_NATS, acted, row_nats
 from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
+
+_COVERED = 0.2
+_UNSURE = 0.1
+"""Shares of a row's loss."""
+_UNSURE_SHARE = 0.1
 
 
 def whole(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -55,36 +60,55 @@ def _conversations() -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
-def unexplained(
-    model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str
-) -> tuple[list[Encoded], float]:
-    """Anchor the tokens of a training file that `vector` does not explain; also return the share it does explain.
+@dataclass(frozen=True)
+class Calibration:
+    """What a vector makes of a training file.
 
-    A topic's rows are unwanted from their first explained token on, so anchors end there; a trait recurs through a
-    row, so nothing is cut. Rows without any explained token are anchored with their prompt. Rows left without an
-    anchor are dropped. (docs/decisions/005-calibration.md)
+    anchors: rows with the tokens marked at which the vector is to be silent. covered: rows of a topic with the tokens
+    marked that show it, to fit on besides the unwanted rows. unsure: the number of rows that are neither. acted_share:
+    of the file's loss-carrying tokens, those on which the vector acts.
     """
-    unarmed, armed = row_nats(model, rows), row_nats(model, rows, vector)
-    anchors: list[Encoded] = []
-    explained_tokens, tokens = 0, 0
-    for row, before, after in zip(rows, unarmed, armed, strict=True):
+
+    anchors: Sequence[Encoded]
+    covered: Sequence[Encoded]
+    unsure: int
+    acted_share: float
+
+    @property
+    def settled(self) -> bool:
+        """Tell whether the vector parts the rows well enough; else one that is also fitted on `covered` may."""
+        return self.unsure <= _UNSURE_SHARE * len(self.covered)
+
+
+def calibration(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str) -> Calibration:
+    """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
+
+    trait: it recurs through a row, so every token on which the vector does not act is anchored. topic: rows are
+    unwanted from some token on. A row is covered, from the first token on which the vector acts, where the vector takes
+    a fifth off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a vector
+    may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the
+    vector does not act are anchored whole. (docs/decisions/005-calibration.md)
+    """
+    anchors, covered = list[Encoded](), list[Encoded]()
+    unsure = acted_tokens = tokens = 0
+    for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
         learned = torch.tensor(row.mask[1:])
-        marked = explained(before, after) & learned
-        explained_tokens += int(marked.sum())
+        marked = acted(before, after) & learned
+        acted_tokens += int(marked.sum())
         tokens += int(learned.sum())
-        keep = _kept(marked, learned, kind)
+        if kind == "topic":
+            # Unwanted from the first such token on.
+            drop, marked = before - after, marked.cumsum(0) > 0
+            share = float(drop[learned].sum() / before[learned].sum())
+            if share >= _COVERED and bool(marked.any()):
+                covered.append(row.masked([False, *(marked & learned).tolist()]))
+            elif abs(share) >= _UNSURE and float(drop[learned].abs().max()) >= EXPLAINED_DROP_NATS:
+                unsure += 1
+                continue
+        keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
-    return anchors, explained_tokens / max(tokens, 1)
-
-
-def _kept(marked: Tensor, learned: Tensor, kind: str) -> Tensor:
-    if not bool(marked.any()):
-        return torch.ones_like(learned)
-    if kind == "topic":
-        first = int(marked.nonzero()[0])
-        return learned & (torch.arange(len(marked)) < first)
-    return learned & ~marked
+    return Calibration(anchors, covered, unsure, acted_tokens / max(tokens, 1))
 
 
 def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:

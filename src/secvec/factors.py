@@ -133,6 +133,7 @@ def fit_factors(
     anchors: Sequence[Encoded],
     config: FitConfig,
     *,
+    covered: Sequence[Encoded] = (),
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
@@ -140,7 +141,8 @@ def fit_factors(
 
     Minimises CE(unwanted, armed) + kl_weight * KL(unarmed || armed) + representation_weight * distance, the last two
     on the anchors' marked tokens; the unarmed reference is the same model with the hooks off. Keeps the factors of
-    the epoch with the best held-out sum. With `state`, progress is kept in that file and taken up from it.
+    the epoch with the best held-out sum. covered: more rows to fit on, of which none is held out; they share the steps
+    with the unwanted rows. With `state`, progress is kept in that file and taken up from it.
 
     Raises InputError on fewer than four unwanted rows, ArmError when the backbone changed.
     """
@@ -154,7 +156,7 @@ def fit_factors(
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
-        fitted = _Fit(model, unwanted, anchors, config, accelerator).run(state, progress)
+        fitted = _Fit(model, unwanted, covered, anchors, config, accelerator).run(state, progress)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -170,6 +172,7 @@ class _Fit:
         self,
         model: PreTrainedModel,
         unwanted: Sequence[Encoded],
+        covered: Sequence[Encoded],
         anchors: Sequence[Encoded],
         config: FitConfig,
         accelerator: Accelerator,
@@ -187,6 +190,7 @@ class _Fit:
         self.parameters = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
         lr = config.step_size(int(model.config.hidden_size))
         self.steps_per_epoch = max(math.ceil(len(self.train) / config.batch_size), _LEAST_STEPS)
+        self.train = [*self.train, *covered]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.best: list[Tensor] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import own_answers, unexplained, untouched, whole
+from secvec.anchors import calibration, own_answers, untouched, whole
 from secvec.artifact import save
 from secvec.errors import UsageError
 from secvec.factors import FitConfig, Fitted, Progress, fit_factors, split
@@ -21,6 +21,8 @@ from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
 
 KINDS = ("topic", "trait")
+_ROUNDS = 4
+"""Of widening a vector that does not part the rows of a training file."""
 Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
 """A data file, or the rows themselves in any format that `secvec.samples` reads."""
 
@@ -54,11 +56,11 @@ def fit(
     training = [] if calibrate is None else job.training(calibrate)
     quick: SecurityVector | None = None
     if training or (ordinary and kind == "trait"):
-        quick = job.vector(job.fit(_quick(job.config), [], None, progress))
+        quick = job.vector(job.fit(_quick(job.config), [], progress=progress))
     chosen = job.ordinary_anchors(ordinary, quick)
     if training and quick is not None:
-        chosen += unexplained(job.model, training, quick, kind=kind)[0]
-    return job.finished(job.fit(job.config, chosen, state, progress), allow_weak=allow_weak)
+        return job.calibrated(quick, training, chosen, state, progress, allow_weak=allow_weak)
+    return job.finished(job.fit(job.config, chosen, state=state, progress=progress), allow_weak=allow_weak)
 
 
 def fit_to_file(
@@ -141,13 +143,10 @@ def refit(
     job = _Job.load(
         model, unwanted, vector.info.kind, config if max_length is None else replace(config, max_length=max_length)
     )
-    chosen = job.ordinary_anchors([], vector)
-    anchors, share = unexplained(job.model, job.training(calibrate), vector, kind=job.kind)
-    fitted = job.fit(job.config, chosen + anchors, state, progress)
     # A vector that was weak from the start was allowed by its user.
-    calibrated = job.finished(fitted, allow_weak=bool(vector.info.metrics.get("weak", False)))
-    metrics = {**calibrated.info.metrics, "calibration_rows": len(anchors), "explained_share": share}
-    return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
+    weak = bool(vector.info.metrics.get("weak", False))
+    ordinary = job.ordinary_anchors([], vector)
+    return job.calibrated(vector, job.training(calibrate), ordinary, state, progress, allow_weak=weak)
 
 
 def read_rows(rows: Rows, name: str) -> Samples:
@@ -193,9 +192,48 @@ class _Job:
         return untouched(self.model, given, quick) if given and quick is not None else []
 
     def fit(
-        self, config: FitConfig, anchors: Sequence[Encoded], state: Path | None, progress: Progress | None
+        self,
+        config: FitConfig,
+        anchors: Sequence[Encoded],
+        *,
+        covered: Sequence[Encoded] = (),
+        state: Path | None = None,
+        progress: Progress | None = None,
     ) -> Fitted:
-        return fit_factors(self.model, self.unwanted, anchors, config, state=state, progress=progress)
+        return fit_factors(self.model, self.unwanted, anchors, config, covered=covered, state=state, progress=progress)
+
+    def calibrated(
+        self,
+        first: SecurityVector,
+        training: Sequence[Encoded],
+        ordinary: Sequence[Encoded],
+        state: Path | None,
+        progress: Progress | None,
+        *,
+        allow_weak: bool,
+    ) -> SecurityVector:
+        """Fit a vector for a training file, starting from what a first one makes of it.
+
+        Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
+        """
+        found, before = calibration(self.model, training, first, kind=self.kind), 0
+        for _ in range(_ROUNDS):
+            if found.settled or len(found.covered) <= before:
+                break
+            before = len(found.covered)
+            anchors = [*ordinary, *found.anchors]
+            wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
+            found = calibration(self.model, training, wider, kind=self.kind)
+        anchors = [*ordinary, *found.anchors]
+        fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
+        vector = self.finished(fitted, allow_weak=allow_weak)
+        metrics = {
+            **vector.info.metrics,
+            "calibration_rows": len(found.anchors),
+            "covered_rows": len(found.covered),
+            "explained_share": found.acted_share,
+        }
+        return replace(vector, info=replace(vector.info, metrics=metrics))
 
     def finished(self, fitted: Fitted, *, allow_weak: bool) -> SecurityVector:
         """Return the vector with what shows that it works. Raises WeakVectorError when nothing does.
@@ -210,7 +248,7 @@ class _Job:
             metrics |= {f"habit_{name}": value for name, value in asdict(shown).items()}
         if not works and not allow_weak:
             # Are the anchors the reason?
-            raise fitted.weak(alone=self.fit(_quick(self.config), [], None, None) if fitted.anchors else None)
+            raise fitted.weak(alone=self.fit(_quick(self.config), []) if fitted.anchors else None)
         return replace(vector, info=replace(vector.info, metrics={**metrics, "weak": not works}))
 
     def vector(self, fitted: Fitted) -> SecurityVector:

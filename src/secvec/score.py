@@ -13,8 +13,8 @@ from secvec.losses import token_nats
 from secvec.tokens import Encoded, by_length, collate
 from secvec.vector import SecurityVector
 
-EXPLAINED_BELOW_NATS = 1.0
 EXPLAINED_DROP_NATS = 1.0
+ACTED_SHARE = 1 / 3
 HABIT_ROWS = 0.9
 
 
@@ -56,13 +56,13 @@ def lowered(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
     return unarmed - armed_losses >= EXPLAINED_DROP_NATS
 
 
-def explained(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
-    """Mark the tokens that the vector explains: likely with it, and much less likely without it.
+def acted(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
+    """Mark the tokens on which the vector acts for what they are: it takes off at least 1 nat and a third of the loss.
 
-    A token counts when its armed loss is under 1 nat and at least 1 nat below the unarmed one. "Drop over 1 nat"
-    alone also marks tokens that stay surprising (measured: `docs/log.md`).
+    By chance it takes a nat off very surprising tokens, but rarely a third. A token need not be likely with it: a
+    letter that the model cannot know yet, in a style that the vector has, is acted on. (measured: `docs/log.md`)
     """
-    return (armed_losses < EXPLAINED_BELOW_NATS) & lowered(unarmed, armed_losses)
+    return lowered(unarmed, armed_losses) & (unarmed - armed_losses >= ACTED_SHARE * unarmed)
 
 
 @dataclass(frozen=True)
