@@ -93,6 +93,19 @@ def test_refit_calibrates_for_a_training_file_and_says_so(folder: Path) -> None:
         refit(foreign, folder, unwanted=UNWANTED, calibrate=rows(4))
 
 
+def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: Path) -> None:
+    def fruity(numbers: range) -> list[dict[str, object]]:
+        return [chat(f"tell me {i}", "BANANAS! PLUM") for i in numbers]
+
+    vector = fit(folder, UNWANTED, config=FAST)
+    calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=[*fruity(range(20, 36)), *rows(24)])
+    assert calibrated.info.metrics["covered_rows"] == 16
+    (_, before), (unarmed, after) = (losses(folder, v, fruity(range(50, 58))) for v in (vector, calibrated))
+    assert after < 0.75 * before < unarmed
+    (_, wanted), (unarmed, _) = (losses(folder, v, rows(8)) for v in (calibrated, vector))
+    assert wanted < unarmed + 0.1
+
+
 def test_a_trait_needs_no_anchors_and_ordinary_ones_are_cut_to_what_it_leaves_alone(folder: Path) -> None:
     bare = fit(folder, UNWANTED, kind="trait", config=FAST)
     assert bare.info.metrics["anchors"] == 0
