@@ -72,7 +72,7 @@ def test_calibration_anchors_only_what_the_vector_does_not_explain(folder: Path)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     bad = encode_all(from_rows(UNWANTED[:4]).rows, tokenizer, 64)
     good = encode_all(from_rows(rows(4)).rows, tokenizer, 64)
-    found = calibration(model, [*bad, *good], vector, kind="topic")
+    found = calibration(model, [*bad, *good], vector, kind="topic", cut=0.5)
     assert 0 < found.acted_share < 1
     assert [row.ids for row in found.covered] == [row.ids for row in bad]
     anchored = [row for row in found.anchors if row.ids in {r.ids for r in bad}]

@@ -13,9 +13,10 @@ from secvec.score import EXPLAINED_DROP_NATS, acted, row_nats
 from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
 
-_COVERED = 0.2
+COVERED_AT_FIRST, COVERED = 1 / 2, 1 / 3
+"""The share of a row's loss that a vector has to take off it. A wanted row covered by mistake teaches the vector the
+skill, so a first vector, which is not yet silent on the file's wanted rows, is believed only where it is very clear."""
 _UNSURE = 0.1
-"""Shares of a row's loss."""
 _UNSURE_SHARE = 0.1
 
 
@@ -80,14 +81,16 @@ class Calibration:
         return self.unsure <= _UNSURE_SHARE * len(self.covered)
 
 
-def calibration(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str) -> Calibration:
+def calibration(
+    model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str, cut: float
+) -> Calibration:
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
     trait: it recurs through a row, so every token on which the vector does not act is anchored. topic: rows are
     unwanted from some token on. A row is covered, from the first token on which the vector acts, where the vector takes
-    a fifth off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a vector
-    may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the
-    vector does not act are anchored whole. (docs/decisions/005-calibration.md)
+    the share `cut` off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a
+    vector may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on
+    which the vector does not act are anchored whole. (docs/decisions/005-calibration.md)
     """
     anchors, covered = list[Encoded](), list[Encoded]()
     unsure = acted_tokens = tokens = 0
@@ -100,7 +103,7 @@ def calibration(model: PreTrainedModel, rows: Sequence[Encoded], vector: Securit
             # Unwanted from the first such token on.
             drop, marked = before - after, marked.cumsum(0) > 0
             share = float(drop[learned].sum() / before[learned].sum())
-            if share >= _COVERED and bool(marked.any()):
+            if share >= cut and bool(marked.any()):
                 covered.append(row.masked([False, *(marked & learned).tolist()]))
             elif abs(share) >= _UNSURE and float(drop[learned].abs().max()) >= EXPLAINED_DROP_NATS:
                 unsure += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import calibration, own_answers, untouched, whole
+from secvec.anchors import COVERED, COVERED_AT_FIRST, calibration, own_answers, untouched, whole
 from secvec.artifact import save
 from secvec.errors import UsageError
 from secvec.factors import FitConfig, Fitted, Progress, fit_factors, split
@@ -216,14 +216,14 @@ class _Job:
 
         Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
         """
-        found, before = calibration(self.model, training, first, kind=self.kind), 0
+        found, before = calibration(self.model, training, first, kind=self.kind, cut=COVERED_AT_FIRST), 0
         for _ in range(_ROUNDS):
             if found.settled or len(found.covered) <= before:
                 break
             before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
-            found = calibration(self.model, training, wider, kind=self.kind)
+            found = calibration(self.model, training, wider, kind=self.kind, cut=COVERED)
         anchors = [*ordinary, *found.anchors]
         fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
