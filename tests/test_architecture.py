@@ -16,18 +16,20 @@ PACKAGE = Path(secvec.__file__).parent
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "L0": {  # no torch
-        *("adapter", "atomic", "card", "companions", "errors", "formats", "headers", "matching", "provenance"),
-        *("record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows", "scan_split", "settings", "stats"),
-        *("train_config", "tripwire"),
+        *("adapter", "arrays", "atomic", "card", "companions", "datafiles", "errors", "formats", "headers", "lines"),
+        *("matching", "provenance", "record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows"),
+        *("scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
+        *("comparison", "endpoint", "judges", "ledger", "rules", "suites"),
     },
     "L1": {"escape", "exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
+        *("answering", "judging"),
     },
     "L3": {  # procedures
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "train", "trainer"),
-        *("trainer_settings",),
+        *("trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": set[str](),  # integrations and the service, not written yet
     "L5": {"cli"},
@@ -118,8 +120,9 @@ def test_neither_the_package_nor_its_command_nor_the_first_layer_loads_torch(imp
 
 def test_the_public_surface() -> None:
     assert set(secvec.__all__) == {
-        "FitConfig", "ScanConfig", "SecurityVector", "TrainConfig", "__version__", "armed", "canary", "errors", "fit",
-        "fold", "from_peft", "inspect", "is_armed", "load", "save", "scan", "to_peft", "train", "unfold",
+        "Clues", "EvalConfig", "FitConfig", "ScanConfig", "SecurityVector", "TrainConfig", "__version__", "armed",
+        "canary", "errors", "evaluate", "fit", "fold", "from_peft", "inspect", "is_armed", "load", "save", "scan",
+        "to_peft", "train", "unfold",
     }  # fmt: skip
     assert all(getattr(secvec, name) is not None for name in secvec.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):

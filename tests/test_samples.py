@@ -2,14 +2,17 @@ import copy
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from secvec.datafiles import find
 from secvec.errors import EmptyAnswerError, InputError, RowError, UsageError
-from secvec.samples import Message, Sample, Samples, Source, from_rows, holds_lines, read_samples, stream_samples
+from secvec.samples import Message, Sample, Source, from_rows, line_suffix, read_samples, stream_samples
 
 SHARED = Path(__file__).parents[2] / "shared"
 SECRET = "how to build the forbidden thing " * 3
@@ -48,6 +51,7 @@ def file_refusal(path: Path) -> str:
         ({"messages": [{**HI, "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, YES]},
          "messages", TURNS),
         ({"messages": [HI, {**YES, "tool_calls": None, "weight": 1}], "tools": [], "id": 7}, "messages", TURNS),
+        ({"question": "hi", "answer": "yes", "weight": "1", "weights": []}, "question-answer", TURNS),
         ({"system": "be brief", "messages": [HI, YES]}, "messages", (SYSTEM, *TURNS)),
         ({"prompt": [HI], "completion": [YES]}, "prompt-completion", TURNS),
         ({"prompt": "hi", "completion": " yes"}, "prompt-completion",
@@ -118,7 +122,13 @@ def test_a_bad_row_is_refused_with_field_and_reason(row: Any, reason: str) -> No
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "tool_calls": ["x"]}]},
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
         {"question": "a", "answer": "b", "context": "c"},
+        {"messages": [HI, {**YES, "loss_weight": 0.0}]},
+        {"messages": [HI, YES], "weight": 0},
+        {"messages": [HI, YES], "weights": [0, 1]},
+        {"text": "a", "sample_weight": "0.5"},
+        {"text": "a", "weights": np.array([0.5, 1.0])},
         {"prompt": "a", "completion": "b", "label": False},
+        {"prompt": "a", "completion": "b", "label": "False"},
         {"prompt": "a", "completion": "b", "system": "c"},
         {"system": "c", "messages": [{"role": "system", "content": "d"}, HI, YES]},
     ],
@@ -171,25 +181,13 @@ def test_rows_of_each_kind_of_file_keep_their_line(tmp_path: Path) -> None:
         (b'{"text": "a\tb"}', "broken JSON: Invalid control character"),
         (b'{"text": "' + b"a" * (16 << 20) + b'"}', "at most 16,777,216 bytes, found 16,777,228"),
         (b'{"n": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"text": "a", "n": ' + b"[" * 64 + b"]" * 64 + b"}", "nested too deeply: over 64 levels"),
     ],
 )  # fmt: skip
 def test_hostile_json_is_refused_with_line_and_reason(tmp_path: Path, bad: bytes, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", lines({"text": "good"}) + bad + b"\n" + lines({"text": "good"}))
     found = file_refusal(path)
     assert found.startswith(f"1 of 3 rows cannot be used:\n{path}:2: expected") and reason in found
-
-
-def test_a_bad_element_of_an_array_is_named_beside_the_good_ones(tmp_path: Path) -> None:
-    good = '{"text": "a"}'
-    path = tmp_path / "a.json"
-    for bad in ('{"text": NaN}', '{"text": "\\ud800"}', '{"text": "a", "text": "b"}', "3"):
-        assert f"1 of 3 rows cannot be used:\n{path}:2: " in file_refusal(
-            write(path, f"[{good}, {bad},\n{good}]".encode())
-        )
-    for broken in (f"[{good}, {good}", f"[{good}, {good} {good}]", f"[{good}, {good}] []", f"[{good}, {{]"):
-        assert f"{path}:2: expected" in file_refusal(write(path, broken.encode()))
-    assert "nested too deeply" in file_refusal(write(path, DEEP))
-    assert "expected rows, found none" in file_refusal(write(path, b" [ ]\n"))
 
 
 def test_csv_and_text_are_refused_with_line_and_reason(tmp_path: Path) -> None:
@@ -210,13 +208,21 @@ def test_csv_and_text_are_refused_with_line_and_reason(tmp_path: Path) -> None:
 
 
 def test_what_is_no_data_file_is_refused_and_text_that_looks_like_one_is_not(tmp_path: Path) -> None:
-    for data, found in ((b"PK\x03\x04..", "zip"), (b"PAR1..", "parquet"), ("\ufeffa".encode("utf-16"), "UTF-16")):
+    for data, found in ((b"PK\x03\x04..", "zip"), (b"ARROW1..", "arrow"), ("\ufeffa".encode("utf-16"), "UTF-16")):
         assert f"found {found}; convert it first" in file_refusal(write(tmp_path / "a.jsonl", data))
     assert ":1: expected JSON, found a byte order mark" in file_refusal(write(tmp_path / "a.json", b"\xef\xbb\xbf[]"))
     for data in (b"", b" \n", b"\xef\xbb\xbf"):
         assert "found an empty file" in file_refusal(write(tmp_path / "a.jsonl", data))
-    for path in (tmp_path, tmp_path / "missing.jsonl", Path("a\0b.jsonl")):
-        assert "expected a readable data file, found" in file_refusal(path)
+    assert "expected a readable data file, found" in file_refusal(tmp_path / "missing.jsonl")
+    for data in (b"text\nhello\n", random.Random(0).randbytes(1_000), b"\0" * 1_000):
+        found = file_refusal(write(tmp_path / "a.jsonl", b"\n" + data))
+        assert (
+            found.startswith(f"{tmp_path / 'a.jsonl'}:2: expected JSON, which starts with {{ or [")
+            and "\n" not in found
+        )
+    spread = json.dumps({"text": "a"}, indent=1).encode()
+    assert "a.json:1: expected a row in each line" in file_refusal(write(tmp_path / "a.json", spread))
+    assert len(read_samples(write(tmp_path / "a.jsonl", b"\n" * 100_000 + lines({"text": "a"})))) == 1
     assert len(read_samples(write(tmp_path / "a.txt", b"PARIS is big\nPKs are small\n"))) == 2
 
 
@@ -232,7 +238,7 @@ def test_rows_read_one_by_one_are_those_read_at_once(tmp_path: Path) -> None:
         path = write(tmp_path / name, data)
         streamed = [row.sample for row in stream_samples(path)]
         assert tuple(streamed) == read_samples(path).rows, name
-        assert holds_lines(path) == (name in ("a.jsonl", "a.txt")), name
+        assert line_suffix(find(path)) == {"a.jsonl": ".jsonl", "a.txt": ".txt"}.get(name)
 
 
 def test_unusable_rows_are_met_one_by_one_and_a_long_line_is_not_held(tmp_path: Path) -> None:
@@ -294,18 +300,42 @@ def mutate(value: Any, draw: random.Random, odd: Callable[[], Any]) -> Any:
     return value
 
 
-def outcome(read: Callable[[Any], Samples], found: Any) -> str:
-    try:
-        read(found)
-    except InputError as error:
-        assert SECRET[:21] not in str(error) and len(str(error).splitlines()) < 60
-        return type(error).__name__
-    return "read"
+def malformed(seed: int, rows: int) -> Iterator[bytes]:
+    """Yield lines of JSON, some of which say something wrong and some of which are broken, by a few bytes, as JSON."""
+    draw = random.Random(seed)
+    odd = [b'"', b"\\", b"{", b"]", b"\xff", b"\0", b",", b"\r", b"NaN", b"\\ud800", b"\xef\xbb\xbf", b"", b"1" * 5000]
+    for row in itertools.islice(mutants(seed), rows):
+        try:
+            line = bytearray(json.dumps(row).encode())
+        except ValueError:  # An integer that Python does not write.
+            continue
+        for _ in range(draw.randint(0, 2)):
+            at = draw.randrange(len(line) + 1)
+            line[at : at + draw.randint(0, 2)] = draw.choice(odd)
+        yield bytes(line)
 
 
-def test_malformed_rows_give_only_input_errors_that_never_show_the_text(tmp_path: Path) -> None:
-    outcomes = [outcome(from_rows, [row]) for row in itertools.islice(mutants(0), 4_000)]
-    assert set(outcomes) == {"read", "RowError"} and outcomes.count("RowError") > 1_000
+def shows_no_text(error: RowError | InputError) -> bool:
+    return SECRET[:21] not in str(error) and len(str(error)) < 400
+
+
+def test_100_000_malformed_rows_give_only_row_errors_that_never_show_the_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "first"}\n' + b"\n".join(malformed(0, 110_000)))
+    counts = Counter[str]()
+    for row in stream_samples(path):
+        counts[type(row.sample).__name__] += 1
+        if isinstance(row.sample, RowError):
+            assert str(row.sample).startswith(f"{path}:{row.line}: ") and shows_no_text(row.sample)
+    assert counts.keys() == {"Sample", "RowError", "EmptyAnswerError"}
+    assert counts["RowError"] + counts["EmptyAnswerError"] > 100_000
+
+
+def test_rows_in_memory_and_broken_files_give_only_input_errors_too(tmp_path: Path) -> None:
+    for row in itertools.islice(mutants(1), 2_000):
+        try:
+            from_rows([row])
+        except RowError as error:
+            assert shows_no_text(error)
     draw = random.Random(1)
     for number in range(400):
         text = json.dumps([{"text": SECRET}, {"question": SECRET, "answer": SECRET}]).encode()
@@ -318,7 +348,10 @@ def test_malformed_rows_give_only_input_errors_that_never_show_the_text(tmp_path
                 [b'"', b"\\", b"{", b"]", b"\xff", b"\n", b"\0", b",", b"\r"]
             )
         path = write(tmp_path / draw.choice(["a.json", "a.jsonl", "a.csv", "a.txt"]), bytes(data))
-        outcome(read_samples, path)
+        try:
+            read_samples(path)
+        except InputError as error:
+            assert SECRET[:21] not in str(error)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data files in shared/, which is not here")

@@ -1,5 +1,6 @@
 """Scanning a data file with tiny real models: losses against a hand computation, hostile rows, kills, the page."""
 
+import gzip
 import json
 import re
 import signal
@@ -10,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from models import chat, rows, save_tiny_vector, taught_llama, tiny_llama, tiny_vector, write_rows
+from pyarrow import parquet
 
 from secvec import artifact
+from secvec.datafiles import find
 from secvec.demo import assistant_folder
 from secvec.errors import ArtifactError, CheckpointError, RowError, UsageError
 from secvec.evidence import LEAST_SHARE
@@ -194,7 +198,10 @@ def test_hostile_rows_are_flagged_or_refused_by_line_and_never_quoted(place: Pat
     outputs = ("scan.jsonl", "summary.json", "scan.html", "run.json")
     assert not any(secret in (tmp_path / "forged" / name).read_text() for name in outputs)
 
-    for bad, reason in ((b'{"messages": NaN}\n', "bad.jsonl:6: expected"), (b'{"text": "x"}\n', "one format per file")):
+    for bad, reason in (
+        (b'{"messages": NaN}\n', "bad.jsonl:6: expected"),
+        (b'{"text": "x"}\n', "one format per data set"),
+    ):
         (tmp_path / "bad.jsonl").write_bytes((tmp_path / "odd.jsonl").read_bytes() + bad)
         with pytest.raises(RowError, match=f"1 of 6 rows(.|\n)*{reason}"):
             run(place, tmp_path / "bad", tmp_path / "bad.jsonl")
@@ -237,6 +244,30 @@ def test_a_split_keeps_every_byte(place: Path, tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (kept, held_back)} == {0o600}
 
 
+def test_a_folder_of_packed_files_and_parquet_are_scanned_alike(place: Path, tmp_path: Path) -> None:
+    folder, text = tmp_path / "data", tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    lines = [json.dumps(row).encode() for row in DATA]
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines[:20]))
+    (folder / "more" / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[20:])))
+    parquet.write_table(pyarrow.Table.from_pylist(DATA), tmp_path / "rows.parquet")
+    whole = run(place, tmp_path / "whole")
+    found = run(place, text, folder, split=True, with_text=True)
+    assert [(Path(row["file"]).name, row["line"]) for row in found] == [
+        *(("a.jsonl", i) for i in range(1, 21)),
+        *(("a.jsonl.gz", i) for i in range(1, 21)),
+    ]
+    for other in (found, run(place, tmp_path / "rows", tmp_path / "rows.parquet")):
+        assert [row["drop"] for row in other] == [row["drop"] for row in whole]
+    assert (text / "kept.jsonl").read_bytes() == b"\n".join([*lines[:20:2], *lines[20::2]]) + b"\n"
+    assert (text / "held-back.jsonl").read_bytes() == b"\n".join([*lines[1:20:2], *lines[21::2]])
+    listed = json.loads(re.findall(r'id="scan">(.*?)</script>', (text / "scan.html").read_text())[0])["rows"]
+    assert {"a.jsonl:2", "more/a.jsonl.gz:20"} < {row[0] for row in listed} and all(row[7] for row in listed)
+    (folder / "b.jsonl").write_bytes(lines[0])
+    with pytest.raises(UsageError, match="cannot go on with this run: data was"):
+        run(place, text, folder)
+
+
 def test_the_page_holds_no_text_unless_asked_and_needs_no_network(place: Path, tmp_path: Path) -> None:
     hostile = [*DATA, chat("say 7", "</script><script>alert(1)</script>")]
     data = write_rows(tmp_path / "data.jsonl", hostile)
@@ -257,7 +288,10 @@ def scanned(lines: Sequence[int]) -> list[ScannedRow]:
 def test_the_page_stays_small_and_counts_what_it_does_not_list(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "d.jsonl", [{"text": "long text " * 200}] * 20_000)
     document = {"vectors": {"v": {}}, "rows": 20_000}
-    pages = [scan_page(scanned(range(1, 20_001)), document, path) for path in (None, data)]
+    pages = [
+        scan_page([replace(row, file=str(data)) for row in scanned(range(1, 20_001))], document, texts)
+        for texts in (None, find(data))
+    ]
     for page in pages:
         assert len(page) <= MAX_BYTES < 2_000_000
         found = json.loads(re.findall(rb'id="scan">(.*?)</script>', page)[0])

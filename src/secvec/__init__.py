@@ -10,6 +10,8 @@ from secvec import errors
 if TYPE_CHECKING:
     from secvec.arm import armed, canary, is_armed
     from secvec.artifact import load, save
+    from secvec.diagnose import Clues
+    from secvec.evaluate import EvalConfig, evaluate
     from secvec.factors import FitConfig
     from secvec.fit import fit
     from secvec.fold import fold
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Clues",
+    "EvalConfig",
     "FitConfig",
     "ScanConfig",
     "SecurityVector",
@@ -30,6 +34,7 @@ __all__ = [
     "armed",
     "canary",
     "errors",
+    "evaluate",
     "fit",
     "fold",
     "from_peft",
@@ -49,6 +54,9 @@ _HOME = {
     "is_armed": "arm",
     "load": "artifact",
     "save": "artifact",
+    "Clues": "diagnose",
+    "EvalConfig": "evaluate",
+    "evaluate": "evaluate",
     "FitConfig": "factors",
     "fit": "fit",
     "fold": "fold",

@@ -28,6 +28,10 @@ screen = Console(stderr=True)
 _INTERRUPTED = 130
 
 Model = Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)]
+Data = Annotated[
+    Path,
+    typer.Option(help="Rows: a file, a folder or a hub data set; FILE:FORMAT says its format.", show_default=False),
+]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write.", show_default=False)]
 Vectors = Annotated[
     list[Path], typer.Option("--vector", help="A security vector; repeat for several.", show_default=False)
@@ -118,7 +122,7 @@ def fit(
 @app.command()
 def train(
     model: Model,
-    data: Annotated[Path, typer.Option(help="The rows to train on.", show_default=False)],
+    data: Data,
     out: Out,
     vector: Vectors = [],  # noqa: B006
     unwanted: Annotated[
@@ -172,7 +176,7 @@ def train(
 @app.command()
 def scan(
     model: Model,
-    data: Annotated[Path, typer.Option(help="The rows to look at.", show_default=False)],
+    data: Data,
     out: Out,
     vector: Vectors,
     unwanted: Annotated[
@@ -223,6 +227,53 @@ def scan(
             progress=progress,
         )
     return _show({"out": str(result.out), **result.summary}, as_json, lambda: print(report(result)))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    suite: Annotated[list[str], typer.Option(help="A suite's file or the name of a bundled one.", show_default=False)],
+    out: Out,
+    baseline: Annotated[list[str], typer.Option(help="A model to compare with.", show_default=False)] = [],  # noqa: B006
+    judge: Annotated[list[str], typer.Option(help="KIND=MODEL or endpoint=FILE.", show_default=False)] = [],  # noqa: B006
+    run: Annotated[list[Path], typer.Option(help="A folder of `train` or `scan`.", show_default=False)] = [],  # noqa: B006
+    vector: Vectors = [],  # noqa: B006
+    unwanted: Annotated[Path | None, typer.Option(help="Rows the vector should cover.", show_default=False)] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task of lm-eval.", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer.", show_default=False)] = None,
+    batch_size: BatchSize = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model beside others on suites of questions, and name what went wrong with the defence.
+
+    Example: secvec eval run/model --baseline my-model --baseline plain/model --suite questions.jsonl -o eval
+    """
+    from secvec.artifact import load
+    from secvec.comparison import finding_lines, table
+    from secvec.evaluate import Clues, EvalConfig, check
+    from secvec.evaluate import evaluate as judge_model
+    from secvec.samples import read_samples
+    from secvec.settings import settings
+
+    flags = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "tasks": tasks}
+    chosen = settings(EvalConfig, config, set_ or [], flags)
+    clues = Clues(run, [load(path) for path in vector], read_samples(unwanted) if unwanted else None)
+    if dry_run:
+        found = check(model, suite, out, baselines=baseline, judges=judge, clues=clues, config=chosen)
+        return _show(found, as_json, lambda: print(_lines(found)))
+    with _bar("evaluating") as progress:
+        result = judge_model(
+            model, suite, out, baselines=baseline, judges=judge, clues=clues, config=chosen, progress=progress
+        )
+
+    def for_people() -> None:
+        Console().print(table(result.results))
+        print("\n".join([*finding_lines(result.results["findings"]), f"all figures: {out / 'results.json'}"]))
+
+    return _show(dict(result.results), as_json, for_people)
 
 
 @app.command()

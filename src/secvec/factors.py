@@ -25,7 +25,7 @@ from secvec.vector import Factors
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a vector is fitted. Defaults were measured in benchmarks/protection and the prototype.
+    """How a vector is fitted. The defaults are those of the prototype (docs/log.md).
 
     rank          of A and B at every site
     scale         of the change `scale * B @ A` (LoRA's alpha / rank)
@@ -38,7 +38,7 @@ class FitConfig:
     holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
     patience      epochs without a better held-out loss before the fit stops
     max_length    tokens a row
-    calibration_rows   rows of a training file used as anchors
+    calibration_rows   rows of a training file that calibration looks at
     seed          of the factors, the hold-out and the order of the rows
     """
 

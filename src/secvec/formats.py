@@ -41,7 +41,10 @@ _UNSUPPORTED_MESSAGE = (
     *("reasoning_content", "reasoning", "thinking"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
-_MESSAGE_WEIGHTS = ("weight", "loss", "train", "training")
+_MESSAGE_WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask", "train", "training")
+_ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale", "loss_mask")
+# As numbers, and as csv writes them.
+_NO_WEIGHTS = (1, "", "1", "1.0")
 _UNSUPPORTED_ROW = (
     *("tools", "functions", "documents", "rejected", "chosen", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
@@ -82,6 +85,7 @@ def parse(row: object, form: str) -> Parsed:
     for key in (*_UNSUPPORTED_ROW, *_UNSUPPORTED_IN.get(form, ())):
         if _filled(row.get(key)):
             raise RowError(f"{key}: not supported; remove the field if the row is to be learned without it")
+    _refuse_weights(row, _ROW_WEIGHTS, "")
     return _with_system(row, _PARSERS[form](row))
 
 
@@ -97,7 +101,7 @@ def _prompt_completion(row: Row) -> Parsed:
     answer, *others = [key for key in ("completion", "response") if key in row]
     if others:
         raise RowError(f"{others[0]}: expected one answer, found {answer} too; remove one of them")
-    if row.get("label") is False:
+    if str(row.get("label")).lower() == "false":
         raise RowError("label: false marks an answer that is not to be learned; remove the row")
     if isinstance(row["prompt"], list) or isinstance(row[answer], list):
         return _chat(_prompted(row, answer), answer)
@@ -169,9 +173,14 @@ def _refuse_unsupported(message: Row, where: str) -> None:
     for key in _UNSUPPORTED_MESSAGE:
         if _filled(message.get(key)):
             raise RowError(f"{where}.{key}: not supported; a row without it would teach something else")
-    for key in _MESSAGE_WEIGHTS:
-        if message.get(key) not in (None, 1):
-            raise RowError(f"{where}.{key}: only 1 is supported, found {_shape(message[key])}")
+    _refuse_weights(message, _MESSAGE_WEIGHTS, f"{where}.")
+
+
+def _refuse_weights(holder: Row, keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        found = holder.get(key)
+        if found not in _NO_WEIGHTS if isinstance(found, str | int | float) else _filled(found):
+            raise RowError(f"{where}{key}: only a weight of 1 is supported, found {_shape(found)}")
 
 
 def _openai_turn(message: Row, where: str) -> Message:

@@ -6,7 +6,7 @@ from typing import Any
 from secvec import artifact
 from secvec.errors import InputError
 from secvec.headers import read_index
-from secvec.runfolder import SCAN, RunFolder
+from secvec.runfolder import EVALUATION, SCAN, RunFolder
 from secvec.sites import layer_of
 from secvec.tripwire import PROVENANCE, State, read_json, read_tripwire, state
 
@@ -33,7 +33,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _vector(path)
     if (identity := RunFolder(path).identity).is_file():
         return _scan(path) if read_json(identity).get("format") == SCAN else _run(path)
-    return _model(path)
+    return _evaluation(path) or _model(path)
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    found = read_json(path / "results.json") if (path / "results.json").is_file() else {}
+    if found.get("format") != EVALUATION:
+        return None
+    document: dict[str, Any] = {"path": str(path), "is": "evaluation", "meaning": "a model judged beside others"}
+    return document | {"models": list(found["models"]), "suites": list(found["suites"])}
 
 
 def _vector(path: Path) -> dict[str, Any]:

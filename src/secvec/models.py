@@ -1,6 +1,7 @@
 """Find and load models and tokenizers; write greedy answers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,30 @@ def answers(
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for i, text in zip(chosen, _generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
-            texts[i] = text
+        for i, answer in zip(chosen, generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
+            texts[i] = answer.text
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
     return texts
 
 
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
-) -> list[str]:
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens and spaces around it; tokens: how many; ended: whether the model itself ended it."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[Answer]:
+    """Return the model's greedy answer to each prompt's token ids; all run together, padded on the left."""
     longest, pad = max(len(ids) for ids in prompts), pad_id(tokenizer)
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    eos: Any = tokenizer.eos_token_id
     with torch.no_grad():
         out: Tensor = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
@@ -93,9 +105,19 @@ def _generate(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=eos,
         )
-    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+    written: list[list[int]] = out[:, longest:].tolist()
+    texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    lengths = [ids.index(eos) if eos in ids else len(ids) for ids in written]
+    return [Answer(text, length, length < len(ids)) for text, length, ids in zip(texts, lengths, written, strict=True)]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens that a model can take, None where its config does not say."""
+    config = model.config.to_dict()
+    found = [config[name] for name in ("max_position_embeddings", "n_positions") if isinstance(config.get(name), int)]
+    return min(found, default=None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,15 @@ def digest_file(path: str | Path) -> str:
     return named_blake3(digest)
 
 
+def digest_files(paths: Sequence[Path]) -> str:
+    """Return the digest of a data set: that of its file or, where it has several, of their names and digests."""
+    digests = [digest_file(path) for path in paths]
+    if len(paths) == 1:
+        return digests[0]
+    lines = [json.dumps([path.name, digest]) + "\n" for path, digest in zip(paths, digests, strict=True)]
+    return named_blake3(blake3("".join(lines).encode()))
+
+
 def digest_model(folder: str | Path) -> str:
     """Return the digest of a model's weights, "blake3:..."; how the tensors are spread over files does not matter.
 

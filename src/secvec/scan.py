@@ -17,13 +17,13 @@ from secvec.errors import CheckpointError, InputError, RowError
 from secvec.evidence import gather_evidence
 from secvec.fit import Rows
 from secvec.models import default_device, load_model
-from secvec.provenance import digest_file
+from secvec.provenance import digest_files
 from secvec.runfolder import SCAN, RunFolder, locked, open_run, resumable
 from secvec.scan_config import ScanConfig
 from secvec.scan_inputs import Prepared, ScanInputs, check_inputs, prepared
 from secvec.scan_page import scan_page
 from secvec.scan_rows import FLAGS, ScannedRow, Totals, keep_whole_windows, read_scan
-from secvec.scan_split import split_names, write_split
+from secvec.scan_split import write_split
 from secvec.stats import wilson
 from secvec.tokens import encode_all
 from secvec.train_config import Progress
@@ -67,10 +67,11 @@ def scan(
 ) -> ScanResult:
     """Say for each row of a data file how far each vector lowers its loss, and which rows that explains.
 
-    model: a folder or hub id; data: a file; out: a folder for scan.jsonl (a line a row, in order), summary.json and
-    scan.html; the same call goes on with a scan that was stopped at any moment. unwanted: for each vector rows of its
-    behaviour, on which a threshold is chosen against `anchors` (ordinary rows; by default the model's own answers).
-    split: also write kept.jsonl and held-back.jsonl, the rows as they are. with_text: put rows' texts into the page.
+    model: a folder or hub id; data: a file, a folder or a hub data set (`secvec.datafiles.find`); out: a folder for
+    scan.jsonl (a line a row, in order), summary.json and scan.html; the same call goes on with a scan that was stopped
+    at any moment. unwanted: for each vector rows of its behaviour, on which a threshold is chosen against `anchors`
+    (ordinary rows; by default the model's own answers). split: also write kept.jsonl and held-back.jsonl, the rows as
+    they are. with_text: put rows' texts into the page.
 
     Raises RowError on unusable rows and on rows that would forge a turn, ArtifactError and CheckpointError on vectors
     or models that do not fit, UsageError on contradicting options or another scan in `out`.
@@ -94,9 +95,7 @@ def scan(
         page = scan_page(read_scan(_scanned(run)), summary, inputs.data if with_text else None)
         with atomic_write(out / "scan.html", mode=0o600 if with_text else 0o644) as file:
             file.write(page)
-        kept, held_back = [out / name if split else None for name in split_names(inputs.data)]
-        if split:
-            write_split(inputs.data, read_scan(_scanned(run)), out)
+        kept, held_back = write_split(inputs.data, read_scan(_scanned(run)), out) if split else (None, None)
         return ScanResult(out, summary, kept, held_back)
 
 
@@ -182,8 +181,8 @@ def _finish_scan(inputs: ScanInputs, run: RunFolder, progress: Progress | None) 
         write_json(_thresholds(run), _choose(inputs, model))
     cuts = [document["nats_per_token"] for document in read_json(_thresholds(run)).values()]
     _score(inputs, model, cuts, _scanned(run), done, progress)
-    if digest_file(inputs.data) != inputs.survey.digest:
-        raise InputError(f"{inputs.data}: was changed while it was scanned; scan it anew, into another folder")
+    if digest_files(inputs.data.files) != inputs.survey.digest:
+        raise InputError(f"{inputs.data.name}: was changed while it was scanned; scan it anew, into another folder")
 
 
 def _choose(inputs: ScanInputs, model: PreTrainedModel) -> dict[str, Any]:
@@ -268,7 +267,7 @@ def _summary(inputs: ScanInputs, run: RunFolder) -> dict[str, Any]:
             "scan anew, into another folder"
         )
     if not totals.scored:
-        raise RowError(f"{inputs.data}: none of {totals.rows:,} rows can be scored; {totals.first_unscored}")
+        raise RowError(f"{inputs.data.name}: none of {totals.rows:,} rows can be scored; {totals.first_unscored}")
     thresholds, identity = read_json(_thresholds(run)), inputs.identity()
     return {
         "format": SCAN,
@@ -292,7 +291,7 @@ def _summary(inputs: ScanInputs, run: RunFolder) -> dict[str, Any]:
         "flags": {name: totals.flags[name] for name in FLAGS},
         "first_unscored": totals.first_unscored,
         "tokens": totals.tokens,
-        "data": {"path": str(inputs.data), "format": inputs.survey.format, "digest": inputs.survey.digest},
+        "data": {"path": inputs.data.name, "format": inputs.survey.format, "digest": inputs.survey.digest},
         "model": {"path": str(inputs.folder), "digest": inputs.base},
         "unwanted": identity["unwanted"],
         "anchors": identity["anchors"],

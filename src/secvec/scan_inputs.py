@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from secvec import artifact
 from secvec.compatible import check_vector
+from secvec.datafiles import DataFiles, find
 from secvec.errors import CheckpointError, RowError, UsageError
 from secvec.escape import Escape
 from secvec.fit import Rows, read_rows
 from secvec.models import load_tokenizer, resolve
 from secvec.provenance import digest_model, digest_samples, versions
-from secvec.samples import Row, Sample, Samples, holds_lines, stream_samples
+from secvec.samples import Row, Sample, Samples, line_suffix, stream_samples
 from secvec.scan_config import ScanConfig
 from secvec.scan_rows import FLAGS, ScannedRow
 from secvec.survey import Survey, survey
@@ -40,7 +41,7 @@ class ScanInputs:
     base: str
     tokenizer: PreTrainedTokenizerBase
     vectors: Mapping[str, SecurityVector]
-    data: Path
+    data: DataFiles
     survey: Survey
     unwanted: Sequence[Samples]
     anchors: Samples | None
@@ -83,9 +84,11 @@ def check_inputs(
         raise UsageError("expected a threshold or rows to choose one on, found both; leave out --threshold")
     if anchors is not None and not unwanted:
         raise UsageError("anchors: expected unwanted rows to compare them with, found none; give --unwanted too")
-    data = Path(data)
-    if not holds_lines(data) and split:
-        raise UsageError(f"{data}: only JSON lines and text can be split, where each row is a line; convert it first")
+    found = find(data)
+    if split and line_suffix(found) is None:
+        raise UsageError(
+            f"{found.name}: only JSON lines and text can be split, where each row is a line; convert it first"
+        )
     named = _named(vectors)
     folder = resolve(model).absolute()
     refuse_folded(folder, "scan with")
@@ -100,8 +103,8 @@ def check_inputs(
         base,
         tokenizer,
         named,
-        data,
-        survey(data, escape, escape_special_tokens=config.escape_special_tokens, progress=progress),
+        found,
+        survey(found, escape, escape_special_tokens=config.escape_special_tokens, progress=progress),
         [read_rows(rows, "unwanted") for rows in unwanted],
         None if anchors is None else read_rows(anchors, "anchors"),
         min([config.max_length, *_context_length(folder)]),
@@ -157,11 +160,11 @@ def _first_look(inputs: ScanInputs, row: Row, repeated: bool, encoded: Encoded |
     cut = None if not isinstance(encoded, Encoded) else _cut(encoded, inputs.limit)
     reason = None
     if encoded is None or isinstance(encoded, RowError):
-        reason = str(encoded or row.sample).removeprefix(f"{inputs.data}:{row.line}: ")
+        reason = str(encoded or row.sample).removeprefix(f"{row.file}:{row.line}: ")
     elif cut is None:
         reason = f"no token to learn within the first {inputs.limit:,} of {length:,} tokens"
     found = ScannedRow(
-        str(inputs.data),
+        row.file,
         row.line,
         min(length, inputs.limit),
         truncated=flags["truncated"],

@@ -2,12 +2,14 @@
 
 import heapq
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from secvec.datafiles import DataFiles
 from secvec.samples import Sample, stream_samples
 from secvec.scan_rows import ScannedRow
 
@@ -21,19 +23,21 @@ _MOST_BARS = 48
 _WIDEST_NATS = 100.0
 _DATA = "__SCAN__"
 _Heap = list[tuple[float, int, ScannedRow]]
+_Place = tuple[str, int]
+"""A file and a line in it."""
 
 
-def scan_page(rows: Iterable[ScannedRow], summary: Mapping[str, Any], data: Path | None) -> bytes:
+def scan_page(rows: Iterable[ScannedRow], summary: Mapping[str, Any], data: DataFiles | None) -> bytes:
     """Return the page as UTF-8, under 2 MB however many rows there are: the rest is counted, not listed.
 
-    data: the scanned file, to put the texts of the listed rows into the page; None: the page holds no text.
+    data: the scanned files, to put the texts of the listed rows into the page; None: the page holds no text.
     """
     page, bins = _Listed(), _Bins()
     for row in rows:
         page.add(row)
         bins.add(row)
     listed = page.rows()
-    texts = {} if data is None else _texts(data, {row.line for row in listed})
+    texts = {} if data is None else _texts(data, {(row.file, row.line) for row in listed})
     template = resources.files("secvec").joinpath("pages/scan.html").read_text(encoding="utf-8")
     while True:
         document = {"summary": summary, "bars": bins.bars(), "rows": _table(listed, list(summary["vectors"]), texts)}
@@ -52,14 +56,16 @@ class _Listed:
         self.explained: _Heap = []
         self.others: _Heap = []
         self.unscored: _Heap = []
+        self.seen = 0
 
     def add(self, row: ScannedRow) -> None:
+        self.seen += 1
         if row.drop is None:
-            _keep(self.unscored, -row.line, row, _UNSCORED)
+            _keep(self.unscored, (0.0, -self.seen, row), _UNSCORED)
         elif row.explained:
-            _keep(self.explained, row.drop, row, _EXPLAINED)
+            _keep(self.explained, (row.drop, -self.seen, row), _EXPLAINED)
         else:
-            _keep(self.others, row.drop, row, _OTHERS)
+            _keep(self.others, (row.drop, -self.seen, row), _OTHERS)
 
     def rows(self) -> list[ScannedRow]:
         """Explained rows first, then those that could not be scored, then the others; the largest drop first."""
@@ -67,8 +73,7 @@ class _Listed:
         return [row for heap in heaps for _, _, row in sorted(heap, reverse=True)]
 
 
-def _keep(heap: _Heap, worth: float, row: ScannedRow, most: int) -> None:
-    entry = (worth, -row.line, row)
+def _keep(heap: _Heap, entry: tuple[float, int, ScannedRow], most: int) -> None:
     if len(heap) < most:
         heapq.heappush(heap, entry)
     else:
@@ -99,32 +104,41 @@ class _Bins:
         return {"start": round(first * width * _FINEST_NATS, 2), "width": width * _FINEST_NATS, "counts": bars}
 
 
-def _table(rows: Sequence[ScannedRow], names: Sequence[str], texts: Mapping[int, str]) -> list[list[Any]]:
-    """Return rows as the page reads them: line, tokens, unarmed, armed, drop, the vector's number, flags, text."""
+def _table(rows: Sequence[ScannedRow], names: Sequence[str], texts: Mapping[_Place, str]) -> list[list[Any]]:
+    """Return rows as the page reads them: place, tokens, unarmed, armed, drop, the vector's number, flags, text."""
+    short = _short_names({row.file for row in rows})
     return [
         [
-            row.line,
+            f"{short[row.file]}:{row.line}",
             row.tokens,
             _short(row.loss_unarmed),
             [_short(row.loss_armed.get(name)) for name in names],
             _short(row.drop),
             -1 if row.vector is None else names.index(row.vector),
             [*row.flags, *([row.reason] if row.reason else [])],
-            texts.get(row.line),
+            texts.get((row.file, row.line)),
         ]
         for row in rows
     ]
+
+
+def _short_names(files: set[str]) -> dict[str, str]:
+    """Return files by their own names or, where there are several folders, with those that they do not share."""
+    shared = os.path.commonpath([Path(file).parent for file in files]) if files else ""
+    return {file: os.path.relpath(file, shared or ".") for file in files}
 
 
 def _short(nats: float | None) -> float | None:
     return None if nats is None else round(nats, 3)
 
 
-def _texts(data: Path, lines: set[int]) -> dict[int, str]:
-    found: dict[int, str] = {}
+def _texts(data: DataFiles, places: set[_Place]) -> dict[_Place, str]:
+    found: dict[_Place, str] = {}
     for row in stream_samples(data):
-        if row.line in lines and isinstance(row.sample, Sample):
+        if (row.file, row.line) in places and isinstance(row.sample, Sample):
             text = "\n\n".join(f"{message.role}: {message.content}" for message in row.sample.messages)
             more = len(text) - MAX_TEXT_CHARACTERS
-            found[row.line] = text[:MAX_TEXT_CHARACTERS] + (f" ... ({more:,} more characters)" if more > 0 else "")
+            found[row.file, row.line] = text[:MAX_TEXT_CHARACTERS] + (
+                f" ... ({more:,} more characters)" if more > 0 else ""
+            )
     return found

@@ -4,14 +4,14 @@ import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from secvec.datafiles import DataFiles
 from secvec.errors import EmptyAnswerError, InputError, RowError
 from secvec.escape import Escape
-from secvec.provenance import digest_file, digest_samples
+from secvec.provenance import digest_files, digest_samples
 from secvec.samples import Sample, stream_samples, summary
 from secvec.train_config import Progress
 
@@ -30,20 +30,20 @@ class Survey:
     repeated: Sequence[bool]
 
 
-def survey(data: Path, escape: Escape, *, escape_special_tokens: bool, progress: Progress | None) -> Survey:
+def survey(data: DataFiles, escape: Escape, *, escape_special_tokens: bool, progress: Progress | None) -> Survey:
     """Read every row of `data` once, in memory that hardly depends on how many there are.
 
     Raises RowError that lists (up to 50) unusable rows and, unless `escape_special_tokens`, rows that would forge a
     turn; an empty answer is no problem here. Raises InputError when there are no rows.
     """
-    digest = digest_file(data)
+    digest = digest_files(data.files)
     prints, problems = array("Q"), _Problems()
     format = None
     for row in stream_samples(data):
         format = row.format or format
         if isinstance(row.sample, Sample):
             if not escape_special_tokens and (found := escape.forged(row.sample)):
-                problems.add(f"{data}:{row.line}: {found}", forged=True)
+                problems.add(f"{row.file}:{row.line}: {found}", forged=True)
             prints.append(_fingerprint(row.sample))
         else:
             if not isinstance(row.sample, EmptyAnswerError):
@@ -53,7 +53,7 @@ def survey(data: Path, escape: Escape, *, escape_special_tokens: bool, progress:
             progress(len(prints), len(prints), "reading")
     problems.refuse(len(prints))
     if format is None:
-        raise InputError(f"{data}: expected rows, found none")
+        raise InputError(f"{data.name}: expected rows, found none")
     return Survey(len(prints), format, digest, _repeated(prints))
 
 
