@@ -117,7 +117,8 @@ def test_several_vectors_each_calibrated(tmp_path: Path, base: Path, fitted: sec
     calibrated = [artifact.load(run.out / f"vector-{i}.safetensors") for i in range(2)]
     assert proof["vector"]["before"] == [artifact.digest(vector) for vector in calibrated]
     assert [vector.info.metrics["calibration_rows"] for vector in calibrated] == [24, 24]
-    assert all(probe["armed_nats"] < 1 < probe["defended_nats"] for probe in proof["unwanted"])
+    for probe in proof["unwanted"]:
+        assert 4 * probe["armed_nats"] < probe["aligned_nats"] < 1.25 * probe["defended_nats"]
 
 
 def test_a_calibrated_run_and_its_card(finished: Run) -> None:
