@@ -4,24 +4,11 @@ import json
 import random
 from pathlib import Path
 
-import pytest
+from rowfiles import refusal, write
 
-from secvec.errors import InputError
 from secvec.samples import Sample, read_samples, stream_samples
 
 DEEP = b"[" * 100_000
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def file_refusal(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        read_samples(path)
-    assert caught.value.exit_code == 3
-    return str(caught.value)
 
 
 def test_an_array_is_read_piece_by_piece_and_its_elements_are_known_by_their_number(tmp_path: Path) -> None:
@@ -42,18 +29,16 @@ def test_an_array_is_read_piece_by_piece_and_its_elements_are_known_by_their_num
         (text.replace("}", "", 1), ":1: expected a JSON object, found broken JSON: Expecting"),
         ('[{"text": "' + "a" * (40 << 20), ":1: expected a JSON object of at most 16,777,216 bytes, found broken JSON"),
     ):
-        assert file_refusal(write(path, broken.encode())).startswith(f"{path}{reason}")
+        assert refusal(write(path, broken.encode())).startswith(f"{path}{reason}")
 
 
 def test_a_bad_element_of_an_array_is_named_beside_the_good_ones(tmp_path: Path) -> None:
     good = '{"text": "a"}'
     path = tmp_path / "a.json"
     for bad in ('{"text": NaN}', '{"text": "\\ud800"}', '{"text": "a", "text": "b"}', "3"):
-        assert f"1 of 3 rows cannot be used:\n{path}:2: " in file_refusal(
-            write(path, f"[{good}, {bad},\n{good}]".encode())
-        )
+        assert f"1 of 3 rows cannot be used:\n{path}:2: " in refusal(write(path, f"[{good}, {bad},\n{good}]".encode()))
     for broken in (f"[{good}, {good}", f"[{good}, {good} {good}]", f"[{good}, {good}] []", f"[{good}, {{]"):
-        assert f"{path}:2: expected" in file_refusal(write(path, broken.encode()))
-    assert "nested too deeply" in file_refusal(write(path, DEEP))
-    assert f"{path}:2: expected UTF-8" in file_refusal(write(path, b'[{"text": "a"}, {"text": "\xff"}]'))
-    assert "expected rows, found none" in file_refusal(write(path, b" [ ]\n"))
+        assert f"{path}:2: expected" in refusal(write(path, broken.encode()))
+    assert "nested too deeply" in refusal(write(path, DEEP))
+    assert f"{path}:2: expected UTF-8" in refusal(write(path, b'[{"text": "a"}, {"text": "\xff"}]'))
+    assert "expected rows, found none" in refusal(write(path, b" [ ]\n"))

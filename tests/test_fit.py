@@ -84,7 +84,7 @@ def test_refit_calibrates_for_a_training_file_and_says_so(folder: Path) -> None:
     vector = fit(folder, UNWANTED, config=FAST)
     calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=[*UNWANTED, *rows(24)], max_length=48)
     assert calibrated.info.metrics["calibration_rows"] >= 20
-    assert 0 < calibrated.info.metrics["explained_share"] < 1
+    assert 0 < calibrated.info.metrics["acted_share"] < 1
     assert calibrated.info.fit["max_length"] == 48
     weak = fit(folder, UNWANTED, config=replace(FAST, epochs=1, lr=1e-6), allow_weak=True)
     refit(weak, folder, unwanted=UNWANTED, calibrate=rows(8))  # what its user allowed once is not refused now

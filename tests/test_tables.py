@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from rowfiles import refusal, write
 
 from secvec.errors import InputError, MissingExtraError, RowError
 from secvec.samples import Message, read_samples, stream_samples
@@ -20,18 +21,6 @@ HI, YES = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "y
 def table(path: Path, columns: dict[str, Any], **how: Any) -> Path:
     parquet.write_table(pyarrow.table(columns), path, **how)
     return path
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        read_samples(path)
-    assert caught.value.exit_code == 3
-    return str(caught.value)
 
 
 def test_parquet_rows_are_read_in_order_and_known_by_their_number(tmp_path: Path) -> None:

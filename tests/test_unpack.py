@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from rowfiles import refusal, write
 
 from secvec.errors import InputError, MissingExtraError, RowError
 from secvec.samples import read_samples
@@ -18,18 +19,6 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
 }
-
-
-def write(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        read_samples(path)
-    assert caught.value.exit_code == 3
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", PACK)

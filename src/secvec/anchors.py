@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
-from secvec.score import EXPLAINED_DROP_NATS, acted, row_nats
+from secvec.score import ACTED_NATS, acted, row_nats
 from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
 
@@ -105,7 +105,7 @@ def calibration(
             share = float(drop[learned].sum() / before[learned].sum())
             if share >= cut and bool(marked.any()):
                 covered.append(row.masked([False, *(marked & learned).tolist()]))
-            elif abs(share) >= _UNSURE and float(drop[learned].abs().max()) >= EXPLAINED_DROP_NATS:
+            elif abs(share) >= _UNSURE and float(drop[learned].abs().max()) >= ACTED_NATS:
                 unsure += 1
                 continue
         keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
@@ -121,7 +121,7 @@ def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityV
     """
     anchors: list[Encoded] = []
     for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
-        keep = (before - after).abs() < EXPLAINED_DROP_NATS
+        keep = (before - after).abs() < ACTED_NATS
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
     return anchors

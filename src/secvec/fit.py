@@ -42,9 +42,9 @@ def fit(
     """Fit a security vector (arXiv 2311.02105) for `model` on about 100 rows of an unwanted behaviour.
 
     kind: "topic", shown on some requests, or "trait", shown on any request (a style). anchors: ordinary rows; by
-    default the model's own answers to generic prompts, for a topic. calibrate: a training file whose tokens, where a
-    first quick vector does not explain them, become anchors too. state: a file that keeps the progress of a long fit;
-    an existing one is taken up.
+    default the model's own answers to generic prompts, for a topic. calibrate: a training file; its tokens on which a
+    first quick vector does not act become anchors too, and a topic's rows that it recognises are fitted on. state: a
+    file that keeps the progress of a long fit; an existing one is taken up.
 
     Raises RowError on unusable rows, CheckpointError on an unusable model, WeakVectorError when the vector does not
     show the behaviour on held-out rows (unless `allow_weak`).
@@ -54,12 +54,14 @@ def fit(
     job = _Job.load(model, unwanted, kind, config or FitConfig())
     ordinary = [] if anchors is None else job.encode(read_rows(anchors, "anchors").rows)
     training = [] if calibrate is None else job.training(calibrate)
-    quick: SecurityVector | None = None
-    if training or (ordinary and kind == "trait"):
-        quick = job.vector(job.fit(_quick(job.config), [], progress=progress))
-    chosen = job.ordinary_anchors(ordinary, quick)
-    if training and quick is not None:
-        return job.calibrated(quick, training, chosen, state, progress, allow_weak=allow_weak)
+    first: SecurityVector | None = None
+    if kind == "trait" and (training or ordinary):
+        first = job.vector(job.fit(_quick(job.config), [], progress=progress))
+    chosen = job.ordinary_anchors(ordinary, first)
+    if training:
+        # A topic's first vector has its ordinary anchors, as one that `train` is given has.
+        first = first or job.vector(job.fit(_quick(job.config), chosen, progress=progress))
+        return job.calibrated(first, training, chosen, state, progress, allow_weak=allow_weak)
     return job.finished(job.fit(job.config, chosen, state=state, progress=progress), allow_weak=allow_weak)
 
 
@@ -129,9 +131,9 @@ def refit(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> SecurityVector:
-    """Calibrate a vector for one training file: fit it again with that file's unexplained tokens as anchors.
+    """Calibrate a vector for one training file: fit it again with what it makes of that file's rows.
 
-    `vector` itself says which tokens are explained; its kind and fit settings are kept. max_length: tokens a row, as in
+    `vector` itself says on which tokens it acts; its kind and fit settings are kept. max_length: tokens a row, as in
     the training to come. Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
     if vector.info.kind not in KINDS:
@@ -231,7 +233,7 @@ class _Job:
             **vector.info.metrics,
             "calibration_rows": len(found.anchors),
             "covered_rows": len(found.covered),
-            "explained_share": found.acted_share,
+            "acted_share": found.acted_share,
         }
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
@@ -266,5 +268,5 @@ class _Job:
 
 
 def _quick(config: FitConfig) -> FitConfig:
-    """The settings of the first vector, which only has to tell explained tokens from others."""
+    """The settings of the first vector, which only has to tell unwanted rows from others."""
     return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0)

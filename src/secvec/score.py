@@ -13,7 +13,7 @@ from secvec.losses import token_nats
 from secvec.tokens import Encoded, by_length, collate
 from secvec.vector import SecurityVector
 
-EXPLAINED_DROP_NATS = 1.0
+ACTED_NATS = 1.0
 ACTED_SHARE = 1 / 3
 HABIT_ROWS = 0.9
 
@@ -53,7 +53,7 @@ def mean_over(rows: Sequence[Encoded], losses: Sequence[Tensor]) -> float:
 
 def lowered(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
     """Mark the tokens on which the vector acts: it lowers their loss by at least 1 nat."""
-    return unarmed - armed_losses >= EXPLAINED_DROP_NATS
+    return unarmed - armed_losses >= ACTED_NATS
 
 
 def acted(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
