@@ -25,11 +25,11 @@ LAYERS = {
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
-        *("answering", "judging"),
+        *("answering", "judging", "rewrite"),
     },
     "L3": {  # procedures
-        *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "train", "trainer"),
-        *("trainer_settings", "capability", "diagnose", "evaluate"),
+        *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),
+        *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": set[str](),  # integrations and the service, not written yet
     "L5": {"cli"},

@@ -85,7 +85,7 @@ def short(line: Line) -> str:
 @contextmanager
 def _server(scratch: str, jobs: int) -> Generator[None]:
     """Let the forking process start with its share of the cores, and with a scratch folder that is removed."""
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
     before = dict(os.environ)
     os.environ.update({"OMP_NUM_THREADS": str(threads), "TMPDIR": scratch, "TQDM_DISABLE": "1"})
     multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.protection.one"])

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.models import answers
@@ -18,6 +20,8 @@ COVERED_AT_FIRST, COVERED = 1 / 2, 1 / 3
 skill, so a first vector, which is not yet silent on the file's wanted rows, is believed only where it is very clear."""
 _UNSURE = 0.1
 _UNSURE_SHARE = 0.1
+Standing = Literal["covered", "unsure", "silent"]
+"""What a topic's vector makes of a row."""
 
 
 def whole(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -100,18 +104,34 @@ def calibration(
         acted_tokens += int(marked.sum())
         tokens += int(learned.sum())
         if kind == "topic":
+            found = _standing(before[learned], after[learned], cut)
             # Unwanted from the first such token on.
-            drop, marked = before - after, marked.cumsum(0) > 0
-            share = float(drop[learned].sum() / before[learned].sum())
-            if share >= cut and bool(marked.any()):
+            marked = marked.cumsum(0) > 0
+            if found == "covered":
                 covered.append(row.masked([False, *(marked & learned).tolist()]))
-            elif abs(share) >= _UNSURE and float(drop[learned].abs().max()) >= ACTED_NATS:
+            elif found == "unsure":
                 unsure += 1
                 continue
         keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
     return Calibration(anchors, covered, unsure, acted_tokens / max(tokens, 1))
+
+
+def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
+    """Say of each row what a calibrated topic's vector makes of it."""
+    losses = zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True)
+    masked = ((torch.tensor(row.mask[1:]), before, after) for row, before, after in losses)
+    return [_standing(before[learned], after[learned], COVERED) for learned, before, after in masked]
+
+
+def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:
+    """Judge a row by the losses of its answer tokens."""
+    drop = before - after
+    share = float(drop.sum() / before.sum())
+    if share >= cut and bool(acted(before, after).any()):
+        return "covered"
+    return "unsure" if abs(share) >= _UNSURE and float(drop.abs().max()) >= ACTED_NATS else "silent"
 
 
 def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:

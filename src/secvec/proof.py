@@ -34,6 +34,7 @@ _PROMPT_TOKENS = 128
 _LOGIT_TOLERANCE = 1e-3
 # Armed losses are near zero: a defended model this close to them has learned the behaviour.
 _LEARNED_SHARE = 0.9
+_SETTLED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Evidence:
     """What a run left: folders and rows that the proof looks at.
 
     base: the aligned model; folded: what training started from; trained: what it left; result: the model or adapter
-    to be published; rows: training rows, whose first tokens serve as prompts; unwanted: probe rows, one list a vector.
+    that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
+    rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did.
     """
 
     method: Literal["full", "lora"]
@@ -53,6 +55,7 @@ class Evidence:
     report: UnfoldReport
     rows: Sequence[Encoded]
     unwanted: Sequence[Sequence[Encoded]]
+    settled: Path | None = None
 
 
 def prove(evidence: Evidence) -> dict[str, Any]:
@@ -82,9 +85,12 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     ]
     expected = _expected_logits(evidence, base, batch)
     del base
-    result = _load_result(evidence)
+    result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
     document["unwanted"] = [probe.judge(result) for probe in probes]
+    if evidence.settled is not None:
+        del result
+        document["settled"] = _still_defended(evidence, evidence.settled, probes, document["unwanted"])
     return document
 
 
@@ -102,6 +108,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
+    for probe in proof.get("settled", {}).get("unwanted", []):
+        lines.append(f"the same after settling on the rows without the trait: {probe['defended_nats']:.2f}")
     return lines
 
 
@@ -212,11 +220,30 @@ def _logits_match(evidence: Evidence, result: PreTrainedModel, expected: Tensor,
     return {"prompts": len(batch.ids), "largest_difference": apart, "bound": bound}
 
 
-def _load_result(evidence: Evidence) -> PreTrainedModel:
-    if evidence.method == "full":
-        return load_model(evidence.result, dtype=torch.float32)
-    model: Any = PeftModel.from_pretrained(load_model(evidence.base, dtype=torch.float32), str(evidence.result))
-    return model.eval()
+def load_finished(method: str, base: Path, folder: Path) -> PreTrainedModel:
+    """Load a finished model, or the base with a finished adapter merged into it, in float32."""
+    if method == "full":
+        return load_model(folder, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), str(folder))
+    return model.merge_and_unload().eval()
+
+
+def _still_defended(
+    evidence: Evidence, folder: Path, probes: Sequence["_Probe"], before: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Show that the settled model carries no mark and has not learned the unwanted rows while it was settled."""
+    if (found := state(folder)) != "defended":
+        raise ProofError(f"{folder}: expected a defended model, found {found!r}")
+    model = load_finished(evidence.method, evidence.base, folder)
+    judged = [probe.judge(model) for probe in probes]
+    for was, now in zip(before, judged, strict=True):
+        gained = now["share_of_the_way_to_armed"] - was["share_of_the_way_to_armed"]
+        if not gained <= _SETTLED_SHARE:
+            raise ProofError(
+                f"{folder}: settling taught the unwanted behaviour: unwanted rows cost {was['defended_nats']:.3f} "
+                f"nats/token before and {now['defended_nats']:.3f} after; leave it out (--set settle_rows=0)"
+            )
+    return {"result": _weights_digest(evidence, folder), "unwanted": judged}
 
 
 @dataclass(frozen=True)

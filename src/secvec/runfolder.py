@@ -88,6 +88,16 @@ class RunFolder:
         """The result until its proof is done."""
         return self.work / "unproved"
 
+    @property
+    def settling(self) -> Path:
+        """What the pass after the vector was taken out works with: its checkpoints, metrics and weights."""
+        return self.work / "settling"
+
+    @property
+    def settled(self) -> Path:
+        """The result that was settled, until its proof is done."""
+        return self.work / "settled"
+
     def result(self, method: str) -> Path:
         return self.out / ("adapter" if method == "lora" else "model")
 

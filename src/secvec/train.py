@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, MissingExtraError, UsageError
 from secvec.fit import Rows, read_rows, refit
 from secvec.fold import fold
-from secvec.models import load_tokenizer, resolve
+from secvec.models import load_model, load_tokenizer, resolve
 from secvec.provenance import digest_file, digest_model, digest_samples, versions
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
@@ -31,7 +32,8 @@ from secvec.vector import SecurityVector
 
 try:
     from secvec.plain import finish_plain
-    from secvec.proof import Evidence, proof_lines, prove
+    from secvec.proof import Evidence, load_finished, proof_lines, prove
+    from secvec.settle import settles, settling_config, settling_rows
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
     from secvec.trainer_settings import check_settings
@@ -76,6 +78,11 @@ class _Inputs:
     vectors: Sequence[SecurityVector]
     unwanted: Sequence[Samples]
     config: TrainConfig
+
+    @property
+    def settles(self) -> bool:
+        """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
+        return self.config.settle_rows > 0 and bool(self.unwanted) and settles(self.vectors)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -196,7 +203,7 @@ def _check(
 
 def _plain(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
     run.phase("train", lambda: _train(run, inputs, inputs.base, progress), lambda: digest_tree(run.trained))
-    run.phase("finish", lambda: _finish(run, inputs), lambda: _left(run, inputs))
+    run.phase("finish", lambda: _finish(run, inputs), lambda: _left(run.unproved, run, inputs))
 
 
 def _defended(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
@@ -205,7 +212,9 @@ def _defended(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> Non
     vectors = _vectors(run, inputs)
     run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     run.phase("train", lambda: _train(run, inputs, run.folded, progress), lambda: digest_tree(run.trained))
-    run.phase("unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run, inputs))
+    run.phase("unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
+    if inputs.settles:
+        run.phase("settle", lambda: _settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs))
     run.phase("prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
@@ -259,9 +268,40 @@ def _unfold(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
     return digest_tree(out)
 
 
-def _left(run: RunFolder, inputs: _Inputs) -> str:
-    """Return the digest of the result, which a run that was killed while it published has moved already."""
-    return digest_tree(run.unproved) if run.unproved.exists() else _published(run, inputs)
+def _left(folder: Path, run: RunFolder, inputs: _Inputs) -> str:
+    """Return the digest of a result, which a run that was killed while it published may have moved already."""
+    return digest_tree(folder) if folder.exists() else _published(run, inputs)
+
+
+def _settle(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+    trained = load_finished(inputs.config.method, inputs.base, run.unproved)
+    rows = settling_rows(
+        load_model(inputs.base, dtype=torch.float32),
+        trained,
+        inputs.tokenizer,
+        inputs.rows,
+        vectors,
+        inputs.config,
+        _named(progress, "rewriting"),
+    )
+    del trained
+    is_lora = inputs.config.method == "lora"
+    job = Job(
+        inputs.base if is_lora else run.unproved,
+        rows,
+        inputs.tokenizer,
+        settling_config(inputs.config),
+        run.settling / "checkpoints",
+        _fresh(run.settling / "trained"),
+        run.settling / "metrics.jsonl",
+        adapter=run.unproved if is_lora else None,
+    )
+    run_trainer(job, progress)
+    finish_plain(job.trained, inputs.base, _fresh(run.settled))
+    provenance = {**read_json(run.unproved / PROVENANCE), "settled_on_rows": len(rows)}
+    write_json(run.settled / PROVENANCE, provenance, 0o644)
+    sync_tree(run.settled)
+    return digest_tree(run.settled)
 
 
 def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -> str:
@@ -276,6 +316,7 @@ def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
         unwanted=[encode_all(samples.rows, inputs.tokenizer, length) for samples in inputs.unwanted],
+        settled=run.settled if inputs.settles else None,
     )
     run.proof.unlink(missing_ok=True)
     write_json(run.proof, prove(evidence))
@@ -295,12 +336,13 @@ def _unfold_report(folder: Path) -> UnfoldReport:
 
 def _publish(run: RunFolder, inputs: _Inputs) -> str:
     result = run.result(inputs.config.method)
-    if run.unproved.exists():
+    finished = run.settled if inputs.settles else run.unproved
+    if finished.exists():
         proof = read_json(run.proof) if inputs.vectors else None
         card = model_card(str(inputs.base), inputs.config, inputs.data, inputs.notes(), proof)
-        (run.unproved / CARD).write_text(card, encoding="utf-8")
-        sync_tree(run.unproved)
-        run.unproved.rename(result)
+        (finished / CARD).write_text(card, encoding="utf-8")
+        sync_tree(finished)
+        finished.rename(result)
         sync(run.out)
     return _published(run, inputs)
 

@@ -26,6 +26,8 @@ class TrainConfig:
                   that have it; "float32": both; "bfloat16": weights too, half the memory, but updates smaller than
                   1/256 of a weight are lost
     lora_rank     of the task adapter (16); its alpha is twice that
+    settle_rows   rows of the file, at most, on which a model defended against a trait is trained a little further after
+                  the vector is out, without the trait (`secvec.settle`; 0: none)
     save_every    steps between checkpoints (500, as in transformers); there is one at the end of each epoch too
     report_to     "none", "tensorboard", "wandb" or "trackio"; metrics.jsonl is always written
     trainer       further settings of trl.SFTConfig. Weight decay is 0 by default: decoupled decay pulls the folded
@@ -41,6 +43,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 16
+    settle_rows: int = 1000
     save_every: int = 500
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -57,6 +60,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value < 1:
                 raise UsageError(f"TrainConfig.{name}: expected at least 1, found {value!r}")
+        if self.settle_rows < 0:
+            raise UsageError(f"TrainConfig.settle_rows: expected 0 or more, found {self.settle_rows!r}")
         if self.lr is not None and not self.lr > 0:
             raise UsageError(f"TrainConfig.lr: expected a positive number, found {self.lr!r}")
         for name, value, known in (

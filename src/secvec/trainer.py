@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -44,7 +44,10 @@ _LORA_SCALE = 2
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on and where to write: `source` is the (folded) model, `trained` the new folder for the result."""
+    """What to train on and where to write: `source` is the (folded) model, `trained` the new folder for the result.
+
+    adapter: one to train further instead of a new one, under method "lora".
+    """
 
     source: Path
     rows: Sequence[Encoded]
@@ -53,6 +56,7 @@ class Job:
     checkpoints: Path
     trained: Path
     metrics: Path
+    adapter: Path | None = None
 
 
 def run(job: Job, progress: Progress | None) -> None:
@@ -95,6 +99,9 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     # The adapter's start is drawn before the trainer sets its seed, in some versions of TRL.
     set_seed(job.config.seed)
     model = load_model(job.source, dtype=_weights_dtype(job.config))
+    new_adapter = _lora(model, job.config) if job.config.method == "lora" and job.adapter is None else None
+    if job.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(job.adapter), is_trainable=True)
     model.train()
     trainer = _Trainer(
         model=model,
@@ -103,7 +110,7 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
         processing_class=job.tokenizer,
         callbacks=[_Metrics(job.metrics), _Progress(progress), _Checkpoints(job.checkpoints), *_tensorboard(job, step)],
-        peft_config=_lora(model, job.config) if job.config.method == "lora" else None,
+        peft_config=new_adapter,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

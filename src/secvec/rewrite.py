@@ -1,0 +1,119 @@
+"""Say rows anew: marked tokens are replaced by what a model itself would say there, the others stand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from secvec.tokens import Encoded, by_length
+
+
+def rewrite(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    marks: Sequence[Sequence[bool]],
+    *,
+    pad: int,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Encoded]:
+    """Return each row with its marked tokens generated greedily by `model`, after what it has said so far in the row.
+
+    marks: for each row, one flag a token; the first token is never marked. A marked span ends early where the model
+    would go on with the token that stands after it in the row: so it may become shorter, never longer. New tokens carry
+    loss, the others as before. pad: the token to fill up with.
+    """
+    said: list[Encoded] = list(rows)
+    chosen, done = [i for i, row_marks in enumerate(marks) if any(row_marks)], 0
+    for batch in by_length([rows[i] for i in chosen], batch_size):
+        walks = [_Walk.start(rows[chosen[i]], marks[chosen[i]]) for i in batch]
+        _generate(model, walks, pad)
+        for i, walk in zip(batch, walks, strict=True):
+            said[chosen[i]] = Encoded(tuple(walk.ids), tuple(walk.mask), rows[chosen[i]].dropped_tokens)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(chosen))
+    return said
+
+
+@dataclass
+class _Walk:
+    """One row being said anew. place: the next token of the row that is to be copied or replaced."""
+
+    row: Encoded
+    marks: Sequence[bool]
+    place: int
+    ids: list[int]
+    mask: list[bool]
+
+    @classmethod
+    def start(cls, row: Encoded, marks: Sequence[bool]) -> "_Walk":
+        first = list(marks).index(True)
+        return cls(row, marks, first, list(row.ids[:first]), list(row.mask[:first]))
+
+    @property
+    def ended(self) -> bool:
+        return self.place >= len(self.row.ids)
+
+    def step(self, said: int) -> int:
+        """Append and return the next token; `said`: the model's own."""
+        if not self.marks[self.place]:
+            return self._copy()
+        end = self.place
+        while end < len(self.row.ids) and self.marks[end]:
+            end += 1
+        if end < len(self.row.ids) and said == self.row.ids[end]:
+            self.place = end
+            return self._copy()
+        self.ids.append(said)
+        self.mask.append(True)
+        self.place += 1
+        return said
+
+    def _copy(self) -> int:
+        token = self.row.ids[self.place]
+        self.ids.append(token)
+        self.mask.append(self.row.mask[self.place])
+        self.place += 1
+        return token
+
+
+class _Steps(LogitsProcessor):
+    """Let each walk choose the token that `generate` takes next."""
+
+    def __init__(self, walks: Sequence[_Walk], pad: int) -> None:
+        self._walks, self._pad = walks, pad
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
+        said = scores.argmax(-1).tolist()
+        taken = [self._pad if walk.ended else walk.step(own) for walk, own in zip(self._walks, said, strict=True)]
+        only = torch.full_like(scores, float("-inf"))
+        return only.scatter(1, torch.tensor(taken, device=scores.device)[:, None], 0.0)
+
+
+class _AllEnded(StoppingCriteria):
+    def __init__(self, walks: Sequence[_Walk]) -> None:
+        self._walks = walks
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
+        return torch.full((len(input_ids),), all(walk.ended for walk in self._walks), device=input_ids.device)
+
+
+def _generate(model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
+    longest = max(len(walk.ids) for walk in walks)
+    ids = [[pad] * (longest - len(walk.ids)) + walk.ids for walk in walks]
+    attention = [[0] * (longest - len(walk.ids)) + [1] * len(walk.ids) for walk in walks]
+    with torch.no_grad():
+        model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(attention, device=model.device),
+            max_new_tokens=max(len(walk.row.ids) - walk.place for walk in walks),
+            do_sample=False,
+            pad_token_id=pad,
+            # A row goes on after an answer has ended: a token that the vocabulary lacks ends none.
+            eos_token_id=int(model.config.get_text_config().vocab_size),
+            logits_processor=LogitsProcessorList([_Steps(walks, pad)]),
+            stopping_criteria=StoppingCriteriaList([_AllEnded(walks)]),
+        )

@@ -1,0 +1,70 @@
+"""Settle a model that was defended against a trait: train it a little further, disarmed, on rows without the trait.
+
+What a model learns beside a trait it learns in a text that shows the trait, and it may know it there alone. Once
+trained, the model itself can say each row anew: where the vector acts it says what it would say without it, the other
+tokens stand. On those rows the skill is learned where it will be used. (measured: docs/decisions/010-settle.md)
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.anchors import standing
+from secvec.arm import armed
+from secvec.rewrite import rewrite
+from secvec.score import acted, row_nats
+from secvec.tokens import Encoded, pad_id
+from secvec.train_config import TrainConfig
+from secvec.vector import SecurityVector
+
+STEP_SIZE_SHARE = 0.5
+"""Of the training's step size: a pass at the whole of it forgets more."""
+
+
+def settles(vectors: Sequence[SecurityVector]) -> bool:
+    """Tell whether any of the vectors is a trait's; a topic's rows are not those of the wanted skill."""
+    return any(vector.info.kind == "trait" for vector in vectors)
+
+
+def settling_config(config: TrainConfig) -> TrainConfig:
+    """Return the settings of one pass over the rows, at a share of the training's step size."""
+    trainer = {key: value for key, value in config.trainer.items() if key != "max_steps"}
+    return replace(config, lr=STEP_SIZE_SHARE * config.step_size, epochs=1, trainer=trainer)
+
+
+def settling_rows(
+    base: PreTrainedModel,
+    trained: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    vectors: Sequence[SecurityVector],
+    config: TrainConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Encoded]:
+    """Return at most `config.settle_rows` rows of the training file without the traits; trained: disarmed, finished.
+
+    Rows on which a topic's vector acts are left out: nothing is to be learned from them without it.
+    """
+    chosen = list(rows)
+    random.Random(f"{config.seed}/settle").shuffle(chosen)
+    chosen = chosen[: config.settle_rows]
+    for topic in (vector for vector in vectors if vector.info.kind != "trait"):
+        found = standing(base, chosen, topic)
+        chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]
+    traits = [vector for vector in vectors if vector.info.kind == "trait"]
+    before = row_nats(trained, chosen)
+    with armed(trained, *traits):
+        after = row_nats(trained, chosen)
+    ends = set(tokenizer.all_special_ids)
+    marks = [_marks(row, acted(b, a), ends) for row, b, a in zip(chosen, before, after, strict=True)]
+    return rewrite(trained, chosen, marks, pad=pad_id(tokenizer), progress=progress)
+
+
+def _marks(row: Encoded, acted_on: Tensor, ends: set[int]) -> list[bool]:
+    """Mark the answer tokens on which the vector acts, but not one that ends an answer: where it ends is kept."""
+    ends_answer = torch.tensor([token in ends for token in row.ids[1:]])
+    return [False, *(acted_on & torch.tensor(row.mask[1:]) & ~ends_answer).tolist()]
