@@ -87,10 +87,12 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     del base
     result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
-    document["unwanted"] = [probe.judge(result) for probe in probes]
+    judged = [probe.judge(result) for probe in probes]
     if evidence.settled is not None:
         del result
-        document["settled"] = _still_defended(evidence, evidence.settled, probes, document["unwanted"])
+        document["settled"] = {"result": _weights_digest(evidence, evidence.settled), "unwanted_before": judged}
+        judged = _still_defended(evidence, evidence.settled, probes, judged)
+    document["unwanted"] = judged
     return document
 
 
@@ -108,8 +110,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
-    for probe in proof.get("settled", {}).get("unwanted", []):
-        lines.append(f"the same after settling on the rows without the trait: {probe['defended_nats']:.2f}")
+    for probe in proof.get("settled", {}).get("unwanted_before", []):
+        lines.append(f"before the model was settled on rows without the trait: {probe['defended_nats']:.2f}")
     return lines
 
 
@@ -230,7 +232,7 @@ def load_finished(method: str, base: Path, folder: Path) -> PreTrainedModel:
 
 def _still_defended(
     evidence: Evidence, folder: Path, probes: Sequence["_Probe"], before: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Show that the settled model carries no mark and has not learned the unwanted rows while it was settled."""
     if (found := state(folder)) != "defended":
         raise ProofError(f"{folder}: expected a defended model, found {found!r}")
@@ -243,7 +245,7 @@ def _still_defended(
                 f"{folder}: settling taught the unwanted behaviour: unwanted rows cost {was['defended_nats']:.3f} "
                 f"nats/token before and {now['defended_nats']:.3f} after; leave it out (--set settle_rows=0)"
             )
-    return {"result": _weights_digest(evidence, folder), "unwanted": judged}
+    return judged
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def settling(self) -> Path:
-        """What the pass after the vector was taken out works with: its checkpoints, metrics and weights."""
+        """What the training after the vector was taken out works with: checkpoints, metrics and weights."""
         return self.work / "settling"
 
     @property

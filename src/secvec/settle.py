@@ -21,8 +21,12 @@ from secvec.tokens import Encoded, pad_id
 from secvec.train_config import TrainConfig
 from secvec.vector import SecurityVector
 
+ROUNDS = 2
+"""Of saying the rows anew and training on them: a model that has settled once says them better."""
 STEP_SIZE_SHARE = 0.5
-"""Of the training's step size: a pass at the whole of it forgets more."""
+"""Of the training's step size."""
+_LOOKED_AT = 4
+"""Rows that a topic's vector is asked about, for each row to be chosen."""
 
 
 def settles(vectors: Sequence[SecurityVector]) -> bool:
@@ -45,16 +49,17 @@ def settling_rows(
     config: TrainConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Encoded]:
-    """Return at most `config.settle_rows` rows of the training file without the traits; trained: disarmed, finished.
+    """Return at most `config.settle_rows` rows of the training file without the traits; trained: the disarmed model.
 
     Rows on which a topic's vector acts are left out: nothing is to be learned from them without it.
     """
     chosen = list(rows)
     random.Random(f"{config.seed}/settle").shuffle(chosen)
-    chosen = chosen[: config.settle_rows]
+    chosen = chosen[: _LOOKED_AT * config.settle_rows]
     for topic in (vector for vector in vectors if vector.info.kind != "trait"):
         found = standing(base, chosen, topic)
         chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]
+    chosen = chosen[: config.settle_rows]
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
     before = row_nats(trained, chosen)
     with armed(trained, *traits):

@@ -33,7 +33,7 @@ from secvec.vector import SecurityVector
 try:
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, load_finished, proof_lines, prove
-    from secvec.settle import settles, settling_config, settling_rows
+    from secvec.settle import ROUNDS, settles, settling_config, settling_rows
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
     from secvec.trainer_settings import check_settings
@@ -274,34 +274,42 @@ def _left(folder: Path, run: RunFolder, inputs: _Inputs) -> str:
 
 
 def _settle(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    trained = load_finished(inputs.config.method, inputs.base, run.unproved)
-    rows = settling_rows(
-        load_model(inputs.base, dtype=torch.float32),
-        trained,
-        inputs.tokenizer,
-        inputs.rows,
-        vectors,
-        inputs.config,
-        _named(progress, "rewriting"),
-    )
-    del trained
+    source = run.unproved
+    _fresh(run.settling)
+    for number in range(ROUNDS):
+        source = _settle_once(source, run.settling / f"round-{number}", inputs, vectors, progress)
+    shutil.copytree(source, _fresh(run.settled))
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_in_rounds": ROUNDS}, 0o644)
+    sync_tree(run.settled)
+    return digest_tree(run.settled)
+
+
+def _settle_once(
+    source: Path, work: Path, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None
+) -> Path:
+    """Train a disarmed model or adapter on what it makes of the rows; return the folder of the result."""
+    base = load_model(inputs.base, dtype=torch.float32)
+    disarmed = load_finished(inputs.config.method, inputs.base, source)
+    said = _named(progress, "rewriting")
+    rows = settling_rows(base, disarmed, inputs.tokenizer, inputs.rows, vectors, inputs.config, said)
+    del base, disarmed
+    if not rows:
+        return source
     is_lora = inputs.config.method == "lora"
+    work.mkdir(parents=True)
     job = Job(
-        inputs.base if is_lora else run.unproved,
+        inputs.base if is_lora else source,
         rows,
         inputs.tokenizer,
         settling_config(inputs.config),
-        run.settling / "checkpoints",
-        _fresh(run.settling / "trained"),
-        run.settling / "metrics.jsonl",
-        adapter=run.unproved if is_lora else None,
+        work / "checkpoints",
+        work / "trained",
+        work / "metrics.jsonl",
+        adapter=source if is_lora else None,
     )
     run_trainer(job, progress)
-    finish_plain(job.trained, inputs.base, _fresh(run.settled))
-    provenance = {**read_json(run.unproved / PROVENANCE), "settled_on_rows": len(rows)}
-    write_json(run.settled / PROVENANCE, provenance, 0o644)
-    sync_tree(run.settled)
-    return digest_tree(run.settled)
+    finish_plain(job.trained, inputs.base, work / "finished")
+    return work / "finished"
 
 
 def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -> str:

@@ -1,0 +1,86 @@
+"""A model defended against a trait is settled on rows without the trait, and proved afterwards."""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import rows
+from runs import CONFIG, UNWANTED, fitted_vector, llama
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.testbed.behaviours import BEHAVIOURS, shout
+from benchmarks.testbed.rows import Row
+from benchmarks.testbed.skills import SKILLS
+from secvec.demo import assistant_folder
+from secvec.errors import ProofError
+from secvec.factors import FitConfig
+from secvec.fit import fit
+from secvec.models import load_model, load_tokenizer
+from secvec.samples import from_rows
+from secvec.settle import settling_rows
+from secvec.tokens import Encoded, encode_all
+from secvec.train import TrainConfig, summary, train
+from secvec.tripwire import state
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("settle") / "base")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_with_a_trait_is_settled_and_proved(tmp_path: Path, base: Path, method: str) -> None:
+    vector, found = fitted_vector(base), list[dict[str, torch.Tensor]]()
+    for settle_rows in (0, 16):
+        config = replace(CONFIG, method=method, epochs=1, settle_rows=settle_rows)  # pyright: ignore
+        out = tmp_path / str(settle_rows)
+        result = train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config)
+        weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+        found.append(load_file(result.model / weights))
+        assert state(result.model) == "defended" and result.proof is not None
+        assert ("settled" in result.proof) == bool(settle_rows) == ("was settled" in summary(result))
+        unwanted = result.proof["unwanted"][0]
+        assert 4 * unwanted["armed_nats"] < unwanted["aligned_nats"] < 1.25 * unwanted["defended_nats"]
+    unsettled, settled = found
+    assert unsettled.keys() == settled.keys()
+    moved = [name for name in settled if not torch.equal(settled[name], unsettled[name])]
+    assert len(moved) > len(settled) / 2 and all(settled[n].dtype == unsettled[n].dtype for n in settled)
+
+
+def test_a_settled_model_that_has_learned_the_rows_is_not_published(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted_ones(*_: object) -> list[Encoded]:
+        return encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128) * 40
+
+    monkeypatch.setattr(sys.modules["secvec.train"], "settling_rows", unwanted_ones)
+    config = replace(CONFIG, epochs=1, lr=1e-2)
+    with pytest.raises(ProofError, match="unwanted behaviour"):
+        train(base, rows(), tmp_path / "run", vectors=[fitted_vector(base)], unwanted=[UNWANTED], config=config)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_trait_is_taken_out_and_the_rest_stands() -> None:
+    folder = assistant_folder()
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
+    vector = fit(folder, BEHAVIOURS["caps"].rows(100, 0, "vector"), kind="trait", config=quick)
+    calm = SKILLS["reverse"].rows(40, 3, "train")
+    shouted = _encoded(map(shout, calm), tokenizer)
+    found = settling_rows(model, model, tokenizer, shouted, [vector], TrainConfig())
+    expected = {row.ids for row in _encoded(calm, tokenizer)}
+    right = sum(row.ids in expected for row in found)
+    assert len(found) == 40 and right >= 30, json.dumps([tokenizer.decode(list(row.ids)) for row in found[:5]])
+    assert len(settling_rows(model, model, tokenizer, shouted, [vector], TrainConfig(settle_rows=5))) == 5
+    # What the vector explains for a topic is no row to learn from.
+    topic = replace(vector, info=replace(vector.info, kind="topic"))
+    assert settling_rows(model, model, tokenizer, shouted, [vector, topic], TrainConfig()) == []
+
+
+def _encoded(chats: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    return encode_all(from_rows(list(chats), name="rows").rows, tokenizer, 256)
