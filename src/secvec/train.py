@@ -19,7 +19,7 @@ from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, MissingExtraError, UsageError
 from secvec.fit import Rows, read_rows, refit
 from secvec.fold import fold
-from secvec.models import load_model, load_tokenizer, resolve
+from secvec.models import default_device, load_model, load_tokenizer, resolve
 from secvec.provenance import digest_file, digest_model, digest_samples, versions
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
@@ -288,8 +288,9 @@ def _settle_once(
     source: Path, work: Path, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None
 ) -> Path:
     """Train a disarmed model or adapter on what it makes of the rows; return the folder of the result."""
-    base = load_model(inputs.base, dtype=torch.float32)
-    disarmed = load_finished(inputs.config.method, inputs.base, source)
+    device: Any = default_device()
+    base = load_model(inputs.base, dtype=torch.float32).to(device)
+    disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
     said = _named(progress, "rewriting")
     rows = settling_rows(base, disarmed, inputs.tokenizer, inputs.rows, vectors, inputs.config, said)
     del base, disarmed
