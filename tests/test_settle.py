@@ -17,14 +17,13 @@ from benchmarks.testbed.behaviours import BEHAVIOURS, shout
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
 from secvec.demo import assistant_folder
-from secvec.errors import ProofError
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.settle import settling_rows
 from secvec.tokens import Encoded, encode_all
-from secvec.train import TrainConfig, summary, train
+from secvec.train import TrainConfig, TrainResult, summary, train
 from secvec.tripwire import state
 
 
@@ -37,13 +36,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_with_a_trait_is_settled_and_proved(tmp_path: Path, base: Path, method: str) -> None:
     vector, found = fitted_vector(base), list[dict[str, torch.Tensor]]()
     for settle_rows in (0, 16):
-        config = replace(CONFIG, method=method, epochs=1, settle_rows=settle_rows)  # pyright: ignore
+        config = replace(CONFIG, method=method, epochs=1, lr=3e-4, settle_rows=settle_rows)  # pyright: ignore
         out = tmp_path / str(settle_rows)
         result = train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config)
         weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
         found.append(load_file(result.model / weights))
         assert state(result.model) == "defended" and result.proof is not None
-        assert ("settled" in result.proof) == bool(settle_rows) == ("was settled" in summary(result))
+        assert ("settled" in result.proof) == bool(settle_rows) == ("settled on rows" in summary(result))
         unwanted = result.proof["unwanted"][0]
         assert 4 * unwanted["armed_nats"] < unwanted["aligned_nats"] < 1.25 * unwanted["defended_nats"]
     unsettled, settled = found
@@ -52,17 +51,24 @@ def test_a_run_with_a_trait_is_settled_and_proved(tmp_path: Path, base: Path, me
     assert len(moved) > len(settled) / 2 and all(settled[n].dtype == unsettled[n].dtype for n in settled)
 
 
-def test_a_settled_model_that_has_learned_the_rows_is_not_published(
+def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unwanted_ones(*_: object) -> list[Encoded]:
-        return encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128) * 40
+        return encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128) * 20
 
     monkeypatch.setattr(sys.modules["secvec.train"], "settling_rows", unwanted_ones)
-    config = replace(CONFIG, epochs=1, lr=1e-2)
-    with pytest.raises(ProofError, match="unwanted behaviour"):
-        train(base, rows(), tmp_path / "run", vectors=[fitted_vector(base)], unwanted=[UNWANTED], config=config)
-    assert not (tmp_path / "run" / "model").exists()
+    vector = fitted_vector(base)
+
+    def run(settle_rows: int) -> TrainResult:
+        config, out = replace(CONFIG, epochs=1, settle_rows=settle_rows), tmp_path / str(settle_rows)
+        return train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config)
+
+    result = run(1000)
+    found = [load_file(each.model / "model.safetensors") for each in (run(0), result)]
+    assert result.proof is not None and not result.proof["settled"]["kept"] and "not settled" in summary(result)
+    assert result.proof["unwanted"] == result.proof["settled"]["unwanted_before"]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_the_trait_is_taken_out_and_the_rest_stands() -> None:

@@ -345,9 +345,9 @@ def _unfold_report(folder: Path) -> UnfoldReport:
 
 def _publish(run: RunFolder, inputs: _Inputs) -> str:
     result = run.result(inputs.config.method)
-    finished = run.settled if inputs.settles else run.unproved
+    proof = read_json(run.proof) if inputs.vectors else None
+    finished = run.settled if proof and proof.get("settled", {}).get("kept") else run.unproved
     if finished.exists():
-        proof = read_json(run.proof) if inputs.vectors else None
         card = model_card(str(inputs.base), inputs.config, inputs.data, inputs.notes(), proof)
         (finished / CARD).write_text(card, encoding="utf-8")
         sync_tree(finished)
