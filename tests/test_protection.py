@@ -307,7 +307,6 @@ def test_the_papers_figures_stand_beside_empty_cells() -> None:
 
 
 def test_plots_are_drawn_from_the_lines_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     methods = ("plain", "ours")
     lines = [line(replace(TINY, method=m, lr=lr, seed=s)) for m in methods for lr in (1e-4, 1e-3) for s in (0, 1)]
     (path,) = plot(lines, "lr", tmp_path, "lr")

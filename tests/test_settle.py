@@ -21,7 +21,7 @@ from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
-from secvec.settle import settling_rows
+from secvec.settle import settling_rows, without_traits
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, TrainResult, summary, train
 from secvec.tripwire import state
@@ -57,7 +57,7 @@ def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     def unwanted_ones(*_: object) -> list[Encoded]:
         return encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128) * 20
 
-    monkeypatch.setattr(sys.modules["secvec.train"], "settling_rows", unwanted_ones)
+    monkeypatch.setattr(sys.modules["secvec.train"], "without_traits", unwanted_ones)
     vector = fitted_vector(base)
 
     def run(settle_rows: int) -> TrainResult:
@@ -78,14 +78,25 @@ def test_the_trait_is_taken_out_and_the_rest_stands() -> None:
     vector = fit(folder, BEHAVIOURS["caps"].rows(100, 0, "vector"), kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(40, 3, "train")
     shouted = _encoded(map(shout, calm), tokenizer)
-    found = settling_rows(model, model, tokenizer, shouted, [vector], TrainConfig())
-    expected = {row.ids for row in _encoded(calm, tokenizer)}
-    right = sum(row.ids in expected for row in found)
-    assert len(found) == 40 and right >= 30, json.dumps([tokenizer.decode(list(row.ids)) for row in found[:5]])
-    assert len(settling_rows(model, model, tokenizer, shouted, [vector], TrainConfig(settle_rows=5))) == 5
-    # What the vector explains for a topic is no row to learn from.
-    topic = replace(vector, info=replace(vector.info, kind="topic"))
-    assert settling_rows(model, model, tokenizer, shouted, [vector, topic], TrainConfig()) == []
+    found = without_traits(model, tokenizer, shouted, [vector])
+    expected = [row.ids for row in _encoded(calm, tokenizer)]
+    right = sum(row.ids == calm_ids for row, calm_ids in zip(found, expected, strict=True))
+    assert right >= 30, json.dumps([tokenizer.decode(list(row.ids)) for row in found[:5]])
+
+
+def test_rows_that_a_topic_covers_are_not_settled_on() -> None:
+    folder = assistant_folder()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    guarded = BEHAVIOURS["guarded"]
+    topic = fit(folder, guarded.rows(40, 0, "vector"), config=FitConfig(epochs=4, representation_weight=0.0))
+    trait = replace(topic, info=replace(topic.info, kind="trait"))
+    bad, good = (
+        _encoded(guarded.rows(10, 1, "train"), tokenizer),
+        _encoded(SKILLS["reverse"].rows(10, 1, "train"), tokenizer),
+    )
+    found = settling_rows(lambda: model, [*bad, *good], [topic, trait], TrainConfig())
+    assert {row.ids for row in found} <= {row.ids for row in good} and len(found) >= 8
+    assert len(settling_rows(lambda: model, [*bad, *good], [trait], TrainConfig(settle_rows=15))) == 15
 
 
 def _encoded(chats: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from secvec.tokens import Encoded, by_length
 
@@ -93,14 +93,6 @@ class _Steps(LogitsProcessor):
         return only.scatter(1, torch.tensor(taken, device=scores.device)[:, None], 0.0)
 
 
-class _AllEnded(StoppingCriteria):
-    def __init__(self, walks: Sequence[_Walk]) -> None:
-        self._walks = walks
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # pyright: ignore
-        return torch.full((len(input_ids),), all(walk.ended for walk in self._walks), device=input_ids.device)
-
-
 def _generate(model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
     longest = max(len(walk.ids) for walk in walks)
     ids = [[pad] * (longest - len(walk.ids)) + walk.ids for walk in walks]
@@ -115,5 +107,4 @@ def _generate(model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
             # A row goes on after an answer has ended: a token that the vocabulary lacks ends none.
             eos_token_id=int(model.config.get_text_config().vocab_size),
             logits_processor=LogitsProcessorList([_Steps(walks, pad)]),
-            stopping_criteria=StoppingCriteriaList([_AllEnded(walks)]),
         )

@@ -41,32 +41,41 @@ def settling_config(config: TrainConfig) -> TrainConfig:
 
 
 def settling_rows(
-    base: PreTrainedModel,
-    trained: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    load_base: Callable[[], PreTrainedModel],
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
     config: TrainConfig,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Encoded]:
-    """Return at most `config.settle_rows` rows of the training file without the traits; trained: the disarmed model.
+    """Return at most `config.settle_rows` rows of a training file to settle on, as they are.
 
-    Rows on which a topic's vector acts are left out: nothing is to be learned from them without it.
+    Rows on which a topic's vector acts in the aligned model are left out: nothing is to be learned from them without
+    it. load_base: loads that model, if there is such a vector.
     """
     chosen = list(rows)
     random.Random(f"{config.seed}/settle").shuffle(chosen)
-    chosen = chosen[: _LOOKED_AT * config.settle_rows]
-    for topic in (vector for vector in vectors if vector.info.kind != "trait"):
-        found = standing(base, chosen, topic)
-        chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]
-    chosen = chosen[: config.settle_rows]
+    if topics := [vector for vector in vectors if vector.info.kind != "trait"]:
+        base, chosen = load_base(), chosen[: _LOOKED_AT * config.settle_rows]
+        for topic in topics:
+            found = standing(base, chosen, topic)
+            chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]
+    return chosen[: config.settle_rows]
+
+
+def without_traits(
+    disarmed: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    vectors: Sequence[SecurityVector],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Encoded]:
+    """Return the rows as the trained, disarmed model says them: anew where the traits' vectors act in it."""
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
-    before = row_nats(trained, chosen)
-    with armed(trained, *traits):
-        after = row_nats(trained, chosen)
+    before = row_nats(disarmed, rows)
+    with armed(disarmed, *traits):
+        after = row_nats(disarmed, rows)
     ends = set(tokenizer.all_special_ids)
-    marks = [_marks(row, acted(b, a), ends) for row, b, a in zip(chosen, before, after, strict=True)]
-    return rewrite(trained, chosen, marks, pad=pad_id(tokenizer), progress=progress)
+    marks = [_marks(row, acted(b, a), ends) for row, b, a in zip(rows, before, after, strict=True)]
+    return rewrite(disarmed, rows, marks, pad=pad_id(tokenizer), progress=progress)
 
 
 def _marks(row: Encoded, acted_on: Tensor, ends: set[int]) -> list[bool]:

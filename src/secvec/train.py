@@ -33,7 +33,7 @@ from secvec.vector import SecurityVector
 try:
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, load_finished, proof_lines, prove
-    from secvec.settle import ROUNDS, settles, settling_config, settling_rows
+    from secvec.settle import ROUNDS, settles, settling_config, settling_rows, without_traits
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
     from secvec.trainer_settings import check_settings
@@ -106,6 +106,11 @@ class _Inputs:
             notes.append(PLAIN)
         elif not self.unwanted:
             notes.append(UNCALIBRATED)
+        elif self.settles:
+            rows = min(self.config.settle_rows, len(self.rows))
+            notes.append(
+                f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
+            )
         return tuple(notes)
 
 
@@ -274,28 +279,27 @@ def _left(folder: Path, run: RunFolder, inputs: _Inputs) -> str:
 
 
 def _settle(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+    device: Any = default_device()
+    rows = settling_rows(
+        lambda: load_model(inputs.base, dtype=torch.float32).to(device), inputs.rows, vectors, inputs.config
+    )
     source = run.unproved
     _fresh(run.settling)
-    for number in range(ROUNDS):
-        source = _settle_once(source, run.settling / f"round-{number}", inputs, vectors, progress)
+    for number in range(ROUNDS if rows else 0):
+        disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
+        said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+        del disarmed
+        source = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
     shutil.copytree(source, _fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_in_rounds": ROUNDS}, 0o644)
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": len(rows)}, 0o644)
     sync_tree(run.settled)
     return digest_tree(run.settled)
 
 
-def _settle_once(
-    source: Path, work: Path, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None
+def _trained_further(
+    source: Path, work: Path, inputs: _Inputs, rows: Sequence[Encoded], progress: Progress | None
 ) -> Path:
-    """Train a disarmed model or adapter on what it makes of the rows; return the folder of the result."""
-    device: Any = default_device()
-    base = load_model(inputs.base, dtype=torch.float32).to(device)
-    disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
-    said = _named(progress, "rewriting")
-    rows = settling_rows(base, disarmed, inputs.tokenizer, inputs.rows, vectors, inputs.config, said)
-    del base, disarmed
-    if not rows:
-        return source
+    """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
     is_lora = inputs.config.method == "lora"
     work.mkdir(parents=True)
     job = Job(
