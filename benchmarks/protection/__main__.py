@@ -34,6 +34,7 @@ def run(
     lr: Annotated[float | None, typer.Option(help="By default the best plain one.")] = None,
     tuning: str = "full",
     rows: Annotated[int, typer.Option(help="Unwanted rows, and as many wanted ones.")] = 1000,
+    skill: Annotated[str, typer.Option(help="The wanted one.")] = "dashes",
     jobs: Annotated[int, typer.Option(help="Processes at a time; they share the cores.")] = 1,
     n: Annotated[int, typer.Option(help="Held-out prompts for each rate.")] = PROMPTS,
     old: Annotated[int, typer.Option(help="Held-out prompts for each old skill.")] = OLD,
@@ -45,7 +46,7 @@ def run(
     from benchmarks.protection.grids import BEST_LR, cells, of
     from benchmarks.protection.one import Bench
 
-    base = Cell("", "", tuning=tuning, lr=lr or BEST_LR[tuning], rows=rows, wanted=rows)
+    base = Cell("", "", tuning=tuning, lr=lr or BEST_LR[tuning], rows=rows, wanted=rows, skill=skill)
     chosen = cells(grid) if grid else list(of(behaviour or ["guarded"], method or ["plain", "ours"], seed or [0], base))
     bench = Bench(model, *(SMOKE if grid == "smoke" else (n, old)), benign)
     raise typer.Exit(_run(chosen, bench, results or _file(grid), jobs))

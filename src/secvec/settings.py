@@ -34,6 +34,8 @@ def settings(config_type: type[ConfigT], file: Path | None, pairs: Sequence[str]
         return TypeAdapter(config_type).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(refusal := first.get("ctx", {}).get("error"), UsageError):
+            raise refusal from error
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         raise UsageError(f"{where}: {first['msg']}, found {first['input']!r}") from error
 
