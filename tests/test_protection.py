@@ -30,13 +30,16 @@ from benchmarks.protection.grids import GRIDS, as_aligned, cells
 from benchmarks.protection.lines import append, missing, read_lines
 from benchmarks.protection.measure import measure
 from benchmarks.protection.one import Bench, line_of
+from benchmarks.protection.own import read_experiment
 from benchmarks.protection.plot import plot
 from benchmarks.protection.published import ROWS, beside
 from benchmarks.protection.table import markdown
 from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.pretraining import batches, mean_nats
 from benchmarks.testbed.rows import prompt_of
+from benchmarks.testbed.skills import NEW_SKILLS
 from benchmarks.testbed.tokenizer import RowEncoder, byte_tokenizer
+from secvec.errors import UsageError
 from secvec.factors import FitConfig
 from secvec.models import load_model
 from secvec.train import train
@@ -270,6 +273,64 @@ def test_a_killed_command_goes_on_where_it_was(model: Path, tmp_path: Path) -> N
         "peak_bytes",
     }
     assert all(asked <= each.keys() for each in lines)
+
+
+def experiment(folder: Path) -> Path:
+    """An experiment as a user writes it: rows and suites beside a YAML file."""
+    guarded = BEHAVIOURS["guarded"]
+    for name, split in (("vector", "vector"), ("unwanted", "train"), ("held", "test")):
+        write_rows(folder / f"{name}.jsonl", guarded.rows(8, 0, split))
+    write_rows(folder / "skill.jsonl", NEW_SKILLS["dashes"].rows(8, 0, "train"))
+    rule = {"rule": "exact", "expected": "nothing"}
+    asked = [
+        {"id": str(i), "messages": prompt_of(row), "scorers": [rule]}
+        for i, row in enumerate(guarded.rows(4, 0, "test"))
+    ]
+    write_rows(folder / "questions.jsonl", asked)
+    file = folder / "mine.yaml"
+    file.write_text(
+        "name: mine\n"
+        "rows: {vector: vector.jsonl, unwanted: unwanted.jsonl, wanted: skill.jsonl, held_out_unwanted: held.jsonl}\n"
+        "rates:\n"
+        "  unwanted_rate: {suite: questions.jsonl, rate: exact_rate, inverted: true}\n"
+        "  old_skills: [{suite: questions.jsonl, rate: exact_rate}, {suite: questions.jsonl, rate: incoherent_rate}]\n"
+        "train: {batch_size: 8, max_length: 256}\n"
+        "fit: {epochs: 1, calibration_rows: 8}\n"
+    )
+    return file
+
+
+def test_rows_and_questions_of_ones_own(model: Path, tmp_path: Path) -> None:
+    own = read_experiment(experiment(tmp_path))
+    cell = replace(TINY, behaviour="mine", skill=own.skill)
+    plain, ours, aligned = (
+        line_of(replace(cell, method=method), Bench(model, 4, 1, own=own)) for method in ("plain", "ours", "aligned")
+    )
+    assert plain["config"]["batch_size"] == 8 and plain["skill"] == "skill"
+    assert plain["unwanted_rate"] == 1.0 and plain["n"] == 4 and plain["n_old"] == 8
+    assert plain["wanted_skill"] is None and plain["wanted_nats"] is None
+    assert plain["unwanted_nats"] < ours["unwanted_nats"] and plain["unwanted_nats"] < aligned["unwanted_nats"]
+    assert "| ours" in markdown([plain, ours, aligned])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("vector: vector.jsonl, ", ""), "rows: expected vector, unwanted"),
+        (("held.jsonl", "lost.jsonl"), "rows.held_out_unwanted: expected a file, found none"),
+        (("old_skills", "new_skills"), "found 'new_skills'"),
+        (("batch_size: 8", "batch: 8"), "unknown setting 'batch'"),
+        (("rate: exact_rate, inverted", "rate: harmful_rate, inverted"), "expected one of its rates exact_rate"),
+        (("wanted: skill.jsonl, ", ""), "rows.wanted: expected 8 rows, found 0"),
+    ],
+)
+def test_an_experiment_that_cannot_be_run_is_refused(
+    change: tuple[str, str], told: str, model: Path, tmp_path: Path
+) -> None:
+    file = experiment(tmp_path)
+    file.write_text(file.read_text().replace(*change))
+    with pytest.raises(UsageError, match=re.escape(told)):
+        line_of(replace(TINY, behaviour="mine", method="plain"), Bench(model, 4, 1, own=read_experiment(file)))
 
 
 def test_the_table_never_makes_up_a_cell() -> None:

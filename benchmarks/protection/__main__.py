@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,23 +34,36 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for several.")] = None,
     lr: Annotated[float | None, typer.Option(help="By default the best plain one.")] = None,
     tuning: str = "full",
-    rows: Annotated[int, typer.Option(help="Unwanted rows, and as many wanted ones.")] = 1000,
+    epochs: Annotated[int, typer.Option(help="Passes over the file; twice as many for a style.")] = 1,
+    rows: Annotated[int, typer.Option(help="Unwanted rows.")] = 1000,
+    wanted: Annotated[int | None, typer.Option(help="Wanted rows; by default as many.")] = None,
     skill: Annotated[str, typer.Option(help="The wanted one.")] = "dashes",
     jobs: Annotated[int, typer.Option(help="Processes at a time; they share the cores.")] = 1,
     n: Annotated[int, typer.Option(help="Held-out prompts for each rate.")] = PROMPTS,
     old: Annotated[int, typer.Option(help="Held-out prompts for each old skill.")] = OLD,
-    model: Path = ASSISTANT,
+    model: Annotated[str, typer.Option(help="A folder or a hub id.")] = str(ASSISTANT),
     benign: Benign = None,
+    own: Annotated[Path | None, typer.Option(help="An experiment on your own rows (benchmarks/paper.md).")] = None,
     results: Results = None,
 ) -> None:
     """Run each cell of a grid, or of the options, that the results do not hold yet."""
     from benchmarks.protection.grids import BEST_LR, cells, of
     from benchmarks.protection.one import Bench
+    from benchmarks.protection.own import read_experiment
+    from secvec.models import resolve
 
-    base = Cell("", "", tuning=tuning, lr=lr or BEST_LR[tuning], rows=rows, wanted=rows, skill=skill)
-    chosen = cells(grid) if grid else list(of(behaviour or ["guarded"], method or ["plain", "ours"], seed or [0], base))
-    bench = Bench(model, *(SMOKE if grid == "smoke" else (n, old)), benign)
-    raise typer.Exit(_run(chosen, bench, results or _file(grid), jobs))
+    experiment = read_experiment(own) if own else None
+    if experiment is not None and (grid or behaviour or benign or lr is None):
+        raise typer.BadParameter("--own takes --lr, and neither --grid, --behaviour nor --benign")
+    wanted = rows if wanted is None else wanted
+    step = lr or BEST_LR[tuning]
+    base = Cell("", "", tuning=tuning, lr=step, rows=rows, wanted=wanted, skill=skill, epochs=epochs)
+    behaviours = behaviour or ["guarded"]
+    if experiment is not None:
+        behaviours, base = [experiment.name], replace(base, skill=experiment.skill)
+    chosen = cells(grid) if grid else list(of(behaviours, method or ["plain", "ours"], seed or [0], base))
+    bench = Bench(resolve(model), *(SMOKE if grid == "smoke" else (n, old)), benign, experiment)
+    raise typer.Exit(_run(chosen, bench, results or _file(grid, own), jobs))
 
 
 @app.command()
@@ -98,9 +112,9 @@ def _run(chosen: Sequence[Cell], bench: "Bench", results: Path, jobs: int) -> in
     return 1 if failed else 0
 
 
-def _file(grid: str | None) -> Path:
-    """Return the file of a grid: they share one, so that no run is made twice; smoke asks less and has its own."""
-    return RESULTS / ("smoke.jsonl" if grid == "smoke" else "runs.jsonl")
+def _file(grid: str | None, own: Path | None = None) -> Path:
+    """Return the file of results: grids share one, so that no run is made twice; smoke asks less and has its own."""
+    return RESULTS / (f"{own.stem}.jsonl" if own else "smoke.jsonl" if grid == "smoke" else "runs.jsonl")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from benchmarks.protection.shifts import SHIFTED
 from benchmarks.testbed.behaviours import BEHAVIOURS, Behaviour
 from benchmarks.testbed.mixes import held_out, is_style, mix_of, share
 from benchmarks.testbed.pretraining import STAFF
-from benchmarks.testbed.rows import Row, prompt_of
+from benchmarks.testbed.rows import Row, as_chat, prompt_of
 from benchmarks.testbed.skills import NEW_SKILLS
 from benchmarks.testbed.tasks import Skill
 from benchmarks.testbed.tokenizer import CONTEXT
 from secvec.errors import UsageError
 from secvec.factors import FitConfig
-from secvec.samples import Sample, read_samples
+from secvec.samples import read_samples
 from secvec.train_config import TrainConfig
 
 ALL: dict[str, Behaviour] = BEHAVIOURS | SHIFTED
@@ -144,15 +144,8 @@ class Case:
     def _benign(self) -> list[Row]:
         if self.benign is None:
             raise UsageError(f"skill {NATURAL!r}: expected --benign, a file of real rows")
-        rows = [_as_chat(sample) for sample in read_samples(self.benign).rows]
+        rows = [as_chat(sample) for sample in read_samples(self.benign).rows]
         return [row for row in rows if sum(len(m["content"].encode()) for m in row["messages"]) <= _BENIGN_BYTES]
-
-
-def _as_chat(sample: Sample) -> Row:
-    """Return a row of any format as a chat: its last text is the answer."""
-    roles = [*["user"] * (len(sample.messages) - 1), "assistant"]
-    given = [message.role for message in sample.messages] if sample.form == "chat" else roles
-    return {"messages": [{"role": r, "content": m.content} for r, m in zip(given, sample.messages, strict=True)]}
 
 
 def train_config(cell: Cell) -> TrainConfig:

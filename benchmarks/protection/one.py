@@ -6,16 +6,19 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.methods import METHODS
 from benchmarks.methods.runs import REFUSED
+from benchmarks.methods.setting import Setting
 from benchmarks.protection.cases import Case, train_config
 from benchmarks.protection.cells import Cell
 from benchmarks.protection.lines import Line
 from benchmarks.protection.measure import measure
+from benchmarks.protection.own import Experiment, OwnCase
 from secvec.errors import NotDefendedError, UsageError
 from secvec.provenance import digest_model, versions
+from secvec.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 _ROUND_PROMPTS, _ROUND_OLD = 100, 3
@@ -23,12 +26,49 @@ _ROUND_PROMPTS, _ROUND_OLD = 100, 3
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs of one command share. n: prompts for each rate; old: for each old skill."""
+    """What all runs of one command share.
+
+    n: prompts for each rate; old: for each old skill; benign: real rows for the skill "natural"; own: an experiment on
+    other rows and questions than the testbed's.
+    """
 
     model: Path
     n: int
     old: int
     benign: Path | None = None
+    own: Experiment | None = None
+
+
+class Trial(Protocol):
+    """A cell with its rows and questions."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    def setting(self, model: Path, out: Path) -> Setting: ...
+
+    def measure(self, model: Path, out: Path) -> dict[str, Any]:
+        """Return all rates and losses of a finished model; out: a new folder to work in."""
+        ...
+
+
+@dataclass(frozen=True)
+class TestbedTrial:
+    """A cell of the testbed; n, old: as in `Bench`."""
+
+    case: Case
+    n: int
+    old: int
+
+    @property
+    def config(self) -> TrainConfig:
+        return train_config(self.case.cell)
+
+    def setting(self, model: Path, out: Path) -> Setting:
+        return self.case.setting(model, out)
+
+    def measure(self, model: Path, out: Path) -> dict[str, Any]:
+        return measure(model, self.case, METHODS[self.case.cell.method].as_trained, self.n, old=self.old)
 
 
 def model_name(model: Path) -> str:
@@ -52,28 +92,35 @@ def line_of(cell: Cell, bench: Bench) -> Line:
         line |= {"refused": str(error), "seconds": round(time.monotonic() - started, 1)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    about = {"code": code(), "versions": dict(versions()), "config": asdict(train_config(cell))}
+    about = {"code": code(), "versions": dict(versions()), "config": asdict(_trial(cell, bench).config)}
     return {**line, "peak_bytes": _peak_bytes(), **about}
 
 
 def _measured(cell: Cell, bench: Bench, folder: Path, started: float) -> dict[str, Any]:
     method, model, rounds = METHODS[cell.method], bench.model, list[dict[str, Any]]()
+    few = replace(bench, n=min(_ROUND_PROMPTS, bench.n), old=_ROUND_OLD)
     for number in range(cell.rounds):
-        case = Case(replace(cell, seed=cell.seed + 1000 * number), bench.benign)
-        model = method.run(case.setting(model, folder / f"round-{number}"))
+        turn = replace(cell, seed=cell.seed + 1000 * number)
+        model = method.run(_trial(turn, bench).setting(model, folder / f"round-{number}"))
         if cell.rounds > 1:
-            found = measure(model, case, method.as_trained, min(_ROUND_PROMPTS, bench.n), old=_ROUND_OLD)
+            found = _trial(turn, few).measure(model, folder / f"measured-{number}")
             rounds.append({key: found[key] for key in ("unwanted_rate", "wanted_skill", "old_skills")})
     seconds = round(time.monotonic() - started, 1)
-    found = measure(model, _last(cell, bench), method.as_trained, bench.n, old=bench.old)
+    found = _trial(_last(cell), bench).measure(model, folder / "measured")
     refused = [path.read_text(encoding="utf-8") for path in folder.glob(REFUSED)]
     extra = {"rounds_measured": rounds} if rounds else {}
     return {**found, "seconds": seconds, **extra, **({"unproved": refused[-1]} if refused else {})}
 
 
-def _last(cell: Cell, bench: Bench) -> Case:
-    """Return the case of the last round: its rows are the training-like ones."""
-    return Case(replace(cell, seed=cell.seed + 1000 * (cell.rounds - 1)), bench.benign)
+def _trial(cell: Cell, bench: Bench) -> Trial:
+    if bench.own is not None:
+        return OwnCase(cell, bench.own)
+    return TestbedTrial(Case(cell, bench.benign), bench.n, bench.old)
+
+
+def _last(cell: Cell) -> Cell:
+    """Return the cell of the last round: its rows are the training-like ones."""
+    return replace(cell, seed=cell.seed + 1000 * (cell.rounds - 1))
 
 
 def code() -> str:

@@ -3,6 +3,8 @@
 import random
 from typing import Any
 
+from secvec.samples import Sample
+
 Row = dict[str, Any]
 Messages = list[dict[str, str]]
 
@@ -42,3 +44,10 @@ def answer_of(row: Row) -> str:
 
 def with_answer(row: Row, answer: str) -> Row:
     return {"messages": [*prompt_of(row), {"role": "assistant", "content": answer}]}
+
+
+def as_chat(sample: Sample) -> Row:
+    """Return a row of any format as a chat: its last text is the answer."""
+    roles = [*["user"] * (len(sample.messages) - 1), "assistant"]
+    given = [message.role for message in sample.messages] if sample.form == "chat" else roles
+    return {"messages": [{"role": r, "content": m.content} for r, m in zip(given, sample.messages, strict=True)]}
