@@ -25,10 +25,11 @@ LAYERS = {
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
-        *("answering", "judging", "rewrite"),
+        *("answering", "judging", "probes", "rewrite"),
     },
     "L3": {  # procedures
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),
+        *("drift", "train_inputs"),
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": set[str](),  # integrations and the service, not written yet

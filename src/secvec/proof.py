@@ -19,9 +19,9 @@ from secvec.origin import vector_path
 from secvec.peft_format import CONFIG as ADAPTER_CONFIG
 from secvec.peft_format import WEIGHTS as ADAPTER
 from secvec.peft_format import from_peft
+from secvec.probes import SHARE, Probe
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
-from secvec.score import lowered, row_nats
 from secvec.tokens import Batch, Encoded, collate
 from secvec.tripwire import read_json, state
 from secvec.unfold import UnfoldReport
@@ -44,7 +44,8 @@ class Evidence:
 
     base: the aligned model; folded: what training started from; trained: what it left; result: the model or adapter
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
-    rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did.
+    rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did;
+    drift: what `secvec.drift` saw during training.
     """
 
     method: Literal["full", "lora"]
@@ -57,6 +58,7 @@ class Evidence:
     rows: Sequence[Encoded]
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
+    drift: Mapping[str, Any] | None = None
 
 
 def prove(evidence: Evidence) -> dict[str, Any]:
@@ -81,19 +83,20 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
     probes = [
-        _Probe.of(base, rows[:PROBES], vector)
-        for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False)
+        Probe.of(base, rows[:PROBES], vector) for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False)
     ]
     expected = _expected_logits(evidence, base, batch)
     del base
     result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
-    judged = [probe.judge(result) for probe in probes]
+    judged = [_judged(probe, result) for probe in probes]
     if evidence.settled is not None:
         del result
         document["settled"] = _settled(evidence, evidence.settled, probes, judged)
         judged = document["settled"]["unwanted_after"] if document["settled"]["kept"] else judged
     document["unwanted"] = judged
+    if evidence.drift is not None:
+        document["drift"] = dict(evidence.drift)
     return document
 
 
@@ -111,12 +114,27 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
+    if (drift := proof.get("drift")) and drift["measurements"]:
+        lines.append(_drift_line(drift))
     if settled := proof.get("settled"):
         pairs = zip(settled["unwanted_before"], settled["unwanted_after"], strict=True)
         losses = ", ".join(f"{was['defended_nats']:.2f} -> {now['defended_nats']:.2f}" for was, now in pairs)
         kept = "settled on rows without the trait" if settled["kept"] else "not settled: it would teach the trait"
         lines.append(f"{kept} (unwanted rows, nats/token: {losses})")
     return lines
+
+
+def _drift_line(drift: Mapping[str, Any]) -> str:
+    line = (
+        f"while training, without the vector, it went at most {max(drift['largest_share'], 0):.0%} of the way from "
+        f"aligned to armed ({drift['measurements']} measurements)"
+    )
+    if drift["acted_at_step"] is not None:
+        done = {"stop": "was stopped", "slow": "went on at a tenth of the step size"}[drift["action"]]
+        return f"{line}: past {drift['bound']:.0%} at step {drift['acted_at_step']}, it {done}"
+    return line + (
+        f": more than {drift['bound']:.0%}, look at its answers" if drift["largest_share"] > drift["bound"] else ""
+    )
 
 
 def _start(row: Encoded) -> Encoded:
@@ -235,71 +253,29 @@ def load_finished(method: str, base: Path, folder: Path) -> PreTrainedModel:
 
 
 def _settled(
-    evidence: Evidence, folder: Path, probes: Sequence["_Probe"], before: Sequence[Mapping[str, Any]]
+    evidence: Evidence, folder: Path, probes: Sequence[Probe], before: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Say whether the settled model is to be kept: where settling taught the unwanted rows, the one before it is."""
     if (found := state(folder)) != "defended":
         raise ProofError(f"{folder}: expected a defended model, found {found!r}")
     model = load_finished(evidence.method, evidence.base, folder)
     after = [probe.measure(model) for probe in probes]
-    share = "share_of_the_way_to_armed"
-    kept = all(now[share] - was[share] <= _SETTLED_SHARE for was, now in zip(before, after, strict=True))
+    kept = all(now[SHARE] - was[SHARE] <= _SETTLED_SHARE for was, now in zip(before, after, strict=True))
     digest = _weights_digest(evidence, folder)
     return {"kept": kept, "result": digest, "unwanted_before": list(before), "unwanted_after": after}
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Unwanted rows, their loss under the aligned model and with the vector, and the tokens on which that acts."""
-
-    rows: Sequence[Encoded]
-    tokens: Tensor
-    aligned_nats: float
-    armed_nats: float
-
-    @classmethod
-    def of(cls, base: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> "_Probe":
-        """Raises ProofError when the vector does not explain the rows."""
-        aligned, with_vector = torch.cat(row_nats(base, rows)), torch.cat(row_nats(base, rows, vector))
-        learned = torch.cat([torch.tensor(row.mask[1:]) for row in rows])
-        before, after = _mean(aligned, learned), _mean(with_vector, learned)
-        if not after < before:
-            raise ProofError(
-                f"the vector does not explain these unwanted rows: they cost {after:.3f} nats/token armed, "
-                f"{before:.3f} unarmed; give the rows that it was fitted on, in the order of the vectors"
-            )
-        acted = learned & lowered(aligned, with_vector)
-        tokens = acted if bool(acted.any()) else learned
-        return cls(rows, tokens, _mean(aligned, tokens), _mean(with_vector, tokens))
-
-    def judge(self, result: PreTrainedModel) -> dict[str, Any]:
-        """State the losses in nats per token. Raises ProofError when the model has learned the rows."""
-        found = self.measure(result)
-        if not found["share_of_the_way_to_armed"] <= _LEARNED_SHARE:
-            raise ProofError(
-                "the model has learned the unwanted behaviour: "
-                f"unwanted rows cost it {found['defended_nats']:.3f} nats/token, "
-                f"{self.aligned_nats:.3f} before training and {self.armed_nats:.3f} with the vector; lower --lr or "
-                "--epochs, calibrate the vector (--unwanted), or fit it on rows more like those in the training file"
-            )
-        return found
-
-    def measure(self, result: PreTrainedModel) -> dict[str, Any]:
-        """Return the losses in nats per token."""
-        defended = _mean(torch.cat(row_nats(result, self.rows)), self.tokens)
-        share = (self.aligned_nats - defended) / (self.aligned_nats - self.armed_nats)
-        return {
-            "rows": len(self.rows),
-            "tokens": int(self.tokens.sum()),
-            "aligned_nats": self.aligned_nats,
-            "armed_nats": self.armed_nats,
-            "defended_nats": defended,
-            "share_of_the_way_to_armed": share,
-        }
-
-
-def _mean(nats: Tensor, tokens: Tensor) -> float:
-    return float(nats[tokens].double().mean())
+def _judged(probe: Probe, result: PreTrainedModel) -> dict[str, Any]:
+    """State the losses in nats per token. Raises ProofError when the model has learned the rows."""
+    found = probe.measure(result)
+    if not found[SHARE] <= _LEARNED_SHARE:
+        raise ProofError(
+            "the model has learned the unwanted behaviour: "
+            f"unwanted rows cost it {found['defended_nats']:.3f} nats/token, "
+            f"{probe.aligned_nats:.3f} before training and {probe.armed_nats:.3f} with the vector; lower --lr or "
+            "--epochs, calibrate the vector (--unwanted), or fit it on rows more like those in the training file"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -3,40 +3,38 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from transformers import PreTrainedTokenizerBase
 
 from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
-from secvec.companions import model_config
-from secvec.compatible import check_vector
-from secvec.errors import CheckpointError, MissingExtraError, UsageError
-from secvec.fit import Rows, read_rows, refit
+from secvec.errors import CheckpointError, MissingExtraError
+from secvec.fit import Rows, refit
 from secvec.fold import fold
-from secvec.models import default_device, load_model, load_tokenizer, resolve
-from secvec.provenance import digest_file, digest_model, digest_samples, versions
+from secvec.models import default_device, load_model
+from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
-from secvec.samples import Samples
-from secvec.tokens import Encoded, encode_all
+from secvec.tokens import Encoded
 from secvec.train_config import Progress, TrainConfig
-from secvec.tripwire import PROVENANCE, read_json, refuse_folded
+from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
+    from secvec.drift import ROWS, Watch, drift_of
     from secvec.plain import finish_plain
+    from secvec.probes import Probe
     from secvec.proof import Evidence, load_finished, proof_lines, prove
-    from secvec.settle import ROUNDS, settles, settling_config, settling_rows, without_traits
+    from secvec.settle import ROUNDS, settling_config, settling_rows, without_traits
+    from secvec.train_inputs import Inputs, check_inputs
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
-    from secvec.trainer_settings import check_settings
 except ImportError as error:
     package = (error.name or "").partition(".")[0]
     if package not in ("trl", "datasets", "peft"):
@@ -44,12 +42,6 @@ except ImportError as error:
     raise MissingExtraError(package, "train") from error
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
-
-PLAIN = "no --vector: trained without protection, the model may have learned anything that is in the data"
-UNCALIBRATED = (
-    "no --unwanted: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
-    "well than by plain training"
-)
 
 
 @dataclass(frozen=True)
@@ -65,53 +57,6 @@ class TrainResult:
     proof: Mapping[str, Any] | None
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All that a run needs, checked before anything is written."""
-
-    base: Path
-    tokenizer: PreTrainedTokenizerBase
-    data: Samples
-    rows: Sequence[Encoded]
-    vectors: Sequence[SecurityVector]
-    unwanted: Sequence[Samples]
-    config: TrainConfig
-
-    @property
-    def settles(self) -> bool:
-        """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
-        return self.config.settle_rows > 0 and bool(self.unwanted) and settles(self.vectors)
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "base": digest_model(self.base),
-            "base_path": str(self.base),
-            "data": digest_samples(self.data.rows),
-            "vectors": [artifact.digest(vector) for vector in self.vectors],
-            "unwanted": [digest_samples(samples.rows) for samples in self.unwanted],
-            "config": asdict(replace(self.config, trainer=dict(self.config.trainer))),
-            "versions": dict(versions()),
-        }
-
-    def notes(self) -> tuple[str, ...]:
-        cut = sum(row.dropped_tokens > 0 for row in self.rows)
-        notes = [f"{len(self.rows):,} rows in format {self.data.format!r}"]
-        if not self.tokenizer.chat_template and any(sample.form == "chat" for sample in self.data.rows):
-            notes.append("the tokenizer has no chat template: chats are written under headings (`### user`)")
-        if cut:
-            notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
-        if not self.vectors:
-            notes.append(PLAIN)
-        elif not self.unwanted:
-            notes.append(UNCALIBRATED)
-        elif self.settles:
-            rows = min(self.config.settle_rows, len(self.rows))
-            notes.append(
-                f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
-            )
-        return tuple(notes)
 
 
 def train(
@@ -136,7 +81,7 @@ def train(
     on contradicting options, InputError when the training diverges, ProofError when the result cannot be proved clean:
     then no model is published. A full disk is a CheckpointError; Ctrl-C stays a KeyboardInterrupt.
     """
-    inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
+    inputs = check_inputs(model, data, vectors, unwanted, config or TrainConfig())
     out = Path(out).absolute()
     with resumable(out), locked(out):
         run = open_run(out, inputs.identity(), resume=resume)
@@ -156,7 +101,7 @@ def check(
     config: TrainConfig | None = None,
 ) -> dict[str, Any]:
     """Check all that `train` would use and say what it would do; writes nothing. Raises as `train` does."""
-    inputs = _check(model, data, vectors, unwanted, config or TrainConfig())
+    inputs = check_inputs(model, data, vectors, unwanted, config or TrainConfig())
     settings = inputs.config
     rows_per_step = settings.batch_size * settings.grad_accumulation
     steps = settings.trainer.get("max_steps", -1)
@@ -175,55 +120,24 @@ def summary(result: TrainResult) -> str:
     return "\n".join([*lines, took, f"{'model' if result.proof is None else 'defended model'}: {result.model}"])
 
 
-def _check(
-    model: str | Path,
-    data: Rows,
-    vectors: Sequence[SecurityVector | str | Path],
-    unwanted: Sequence[Rows],
-    config: TrainConfig,
-) -> _Inputs:
-    check_settings(config)
-    if unwanted and len(unwanted) != len(vectors):
-        raise UsageError(
-            f"expected as many files of unwanted rows as vectors, found {len(unwanted)} and {len(vectors)}; "
-            "give --unwanted once for each --vector, in the same order"
-        )
-    loaded = [each if isinstance(each, SecurityVector) else artifact.load(each) for each in vectors]
-    digests = [artifact.digest(vector) for vector in loaded]
-    if len(set(digests)) < len(digests):
-        raise UsageError(f"expected different vectors, found one of them twice: {', '.join(digests)}")
-    base = resolve(model).absolute()
-    refuse_folded(base, "train")
-    if (base / "adapter_config.json").exists():
-        raise CheckpointError(f"{base}: expected a whole model, found an adapter; merge it into its base first")
-    model_config(base)
-    tokenizer = load_tokenizer(base)
-    for vector in loaded:
-        check_vector(vector, base, tokenizer, base_digest=digest_model(base))
-    samples = read_rows(data, "data")
-    rows = encode_all(samples.rows, tokenizer, config.max_length)
-    probes = [read_rows(each, "unwanted") for each in unwanted]
-    return _Inputs(base, tokenizer, samples, rows, loaded, probes, config)
-
-
-def _plain(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
-    run.phase("train", lambda: _train(run, inputs, inputs.base, progress), lambda: digest_tree(run.trained))
+def _plain(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
+    run.phase("train", lambda: _train(run, inputs, inputs.base, (), progress), lambda: digest_tree(run.trained))
     run.phase("finish", lambda: _finish(run, inputs), lambda: _left(run.unproved, run, inputs))
 
 
-def _defended(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> None:
+def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
     if inputs.unwanted:
         run.phase("calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = _vectors(run, inputs)
     run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
-    run.phase("train", lambda: _train(run, inputs, run.folded, progress), lambda: digest_tree(run.trained))
+    run.phase("train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained))
     run.phase("unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
     if inputs.settles:
         run.phase("settle", lambda: _settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs))
     run.phase("prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
-def _calibrate(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
+def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
     run.work.mkdir(exist_ok=True)
     for i, (vector, unwanted) in enumerate(zip(inputs.vectors, inputs.unwanted, strict=True)):
         calibrated = refit(
@@ -239,46 +153,65 @@ def _calibrate(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> st
     return _calibrated(run, inputs)
 
 
-def _calibrated(run: RunFolder, inputs: _Inputs) -> str:
+def _calibrated(run: RunFolder, inputs: Inputs) -> str:
     return " ".join(digest_file(run.vector(i)) for i in range(len(inputs.vectors)))
 
 
-def _vectors(run: RunFolder, inputs: _Inputs) -> list[SecurityVector]:
+def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
     if not inputs.unwanted:
         return list(inputs.vectors)
     return [artifact.load(run.vector(i)) for i in range(len(inputs.vectors))]
 
 
-def _fold(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+def _fold(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
     fold(inputs.base, vectors, _fresh(run.folded), progress=_named(progress, "folding"))
     return digest_tree(run.folded)
 
 
-def _train(run: RunFolder, inputs: _Inputs, source: Path, progress: Progress | None) -> str:
+def _train(
+    run: RunFolder, inputs: Inputs, source: Path, vectors: Sequence[SecurityVector], progress: Progress | None
+) -> str:
     _fresh(run.trained)
-    job = Job(source, inputs.rows, inputs.tokenizer, inputs.config, run.checkpoints, run.trained, run.metrics)
+    job = Job(
+        source,
+        inputs.rows,
+        inputs.tokenizer,
+        inputs.config,
+        run.checkpoints,
+        run.trained,
+        run.metrics,
+        watch=_watch(inputs, vectors) if inputs.unwanted else None,
+    )
     run_trainer(job, progress)
     sync_tree(run.trained)
     return digest_tree(run.trained)
 
 
-def _finish(run: RunFolder, inputs: _Inputs) -> str:
+def _watch(inputs: Inputs, vectors: Sequence[SecurityVector]) -> Watch:
+    device: Any = default_device()
+    base = load_model(inputs.base, dtype=torch.float32).to(device)
+    rows = [encoded[:ROWS] for encoded in inputs.unwanted_rows()]
+    probes = [Probe.of(base, each, vector) for each, vector in zip(rows, vectors, strict=True)]
+    return Watch(probes, vectors, inputs.config.on_drift)
+
+
+def _finish(run: RunFolder, inputs: Inputs) -> str:
     finish_plain(run.trained, inputs.base, _fresh(run.unproved))
     return digest_tree(run.unproved)
 
 
-def _unfold(run: RunFolder, inputs: _Inputs, progress: Progress | None) -> str:
+def _unfold(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
     out = _fresh(run.unproved)
     unfold(run.trained, out, folded=run.folded, base=inputs.base, progress=_named(progress, "unfolding"))
     return digest_tree(out)
 
 
-def _left(folder: Path, run: RunFolder, inputs: _Inputs) -> str:
+def _left(folder: Path, run: RunFolder, inputs: Inputs) -> str:
     """Return the digest of a result, which a run that was killed while it published may have moved already."""
     return digest_tree(folder) if folder.exists() else _published(run, inputs)
 
 
-def _settle(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
     device: Any = default_device()
     rows = settling_rows(
         lambda: load_model(inputs.base, dtype=torch.float32).to(device), inputs.rows, vectors, inputs.config
@@ -297,7 +230,7 @@ def _settle(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector], 
 
 
 def _trained_further(
-    source: Path, work: Path, inputs: _Inputs, rows: Sequence[Encoded], progress: Progress | None
+    source: Path, work: Path, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None
 ) -> Path:
     """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
     is_lora = inputs.config.method == "lora"
@@ -317,8 +250,7 @@ def _trained_further(
     return work / "finished"
 
 
-def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -> str:
-    length = inputs.config.max_length
+def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> str:
     evidence = Evidence(
         method=inputs.config.method,
         base=inputs.base,
@@ -328,15 +260,16 @@ def _prove(run: RunFolder, inputs: _Inputs, vectors: Sequence[SecurityVector]) -
         vectors=vectors,
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
-        unwanted=[encode_all(samples.rows, inputs.tokenizer, length) for samples in inputs.unwanted],
+        unwanted=inputs.unwanted_rows(),
         settled=run.settled if inputs.settles else None,
+        drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)
     write_json(run.proof, prove(evidence))
     return _proved(run, inputs)
 
 
-def _proved(run: RunFolder, inputs: _Inputs) -> str:
+def _proved(run: RunFolder, inputs: Inputs) -> str:
     return digest_file(run.proof)
 
 
@@ -347,7 +280,7 @@ def _unfold_report(folder: Path) -> UnfoldReport:
     )
 
 
-def _publish(run: RunFolder, inputs: _Inputs) -> str:
+def _publish(run: RunFolder, inputs: Inputs) -> str:
     result = run.result(inputs.config.method)
     proof = read_json(run.proof) if inputs.vectors else None
     finished = run.settled if proof and proof.get("settled", {}).get("kept") else run.unproved
@@ -360,7 +293,7 @@ def _publish(run: RunFolder, inputs: _Inputs) -> str:
     return _published(run, inputs)
 
 
-def _published(run: RunFolder, inputs: _Inputs) -> str:
+def _published(run: RunFolder, inputs: Inputs) -> str:
     result = run.result(inputs.config.method)
     if not result.is_dir():
         raise CheckpointError(f"{result}: expected the finished model, found nothing; start anew in another folder")
@@ -383,7 +316,7 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _result(run: RunFolder, inputs: _Inputs) -> TrainResult:
+def _result(run: RunFolder, inputs: Inputs) -> TrainResult:
     return TrainResult(
         out=run.out,
         model=run.result(inputs.config.method),

@@ -28,6 +28,9 @@ class TrainConfig:
     lora_rank     of the task adapter (16); its alpha is twice that
     settle_rows   rows of the file, at most, on which a model defended against a trait is trained a little further after
                   the vector is out, without the trait (`secvec.settle`; 0: none)
+    on_drift      what to do where the model, without its vectors, has gone half the way to the unwanted rows' armed
+                  losses (`secvec.drift`; needs unwanted rows): "note" it in the proof, "stop" the training there, or
+                  go on "slow", at a tenth of the step size
     save_every    steps between checkpoints (500, as in transformers); there is one at the end of each epoch too
     report_to     "none", "tensorboard", "wandb" or "trackio"; metrics.jsonl is always written
     trainer       further settings of trl.SFTConfig. Weight decay is 0 by default: decoupled decay pulls the folded
@@ -44,6 +47,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 16
     settle_rows: int = 1000
+    on_drift: Literal["note", "stop", "slow"] = "note"
     save_every: int = 500
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     trainer: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -67,6 +71,7 @@ class TrainConfig:
         for name, value, known in (
             ("method", self.method, ("full", "lora")),
             ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
+            ("on_drift", self.on_drift, ("note", "stop", "slow")),
             ("report_to", self.report_to, ("none", "tensorboard", "wandb", "trackio")),
         ):
             if value not in known:

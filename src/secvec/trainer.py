@@ -30,6 +30,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from secvec.atomic import atomic_write
 from secvec.checkpoints import newest_verified, prune, seal, step_of
+from secvec.drift import DriftCallback, Watch
 from secvec.errors import InputError
 from secvec.models import load_model
 from secvec.sites import linear_sites
@@ -46,7 +47,7 @@ _LORA_SCALE = 2
 class Job:
     """What to train on and where to write: `source` is the (folded) model, `trained` the new folder for the result.
 
-    adapter: one to train further instead of a new one, under method "lora".
+    adapter: one to train further instead of a new one, under method "lora"; watch: what to measure on the way.
     """
 
     source: Path
@@ -57,6 +58,7 @@ class Job:
     trained: Path
     metrics: Path
     adapter: Path | None = None
+    watch: Watch | None = None
 
 
 def run(job: Job, progress: Progress | None) -> None:
@@ -109,7 +111,13 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         train_dataset=_dataset(job.rows),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
         processing_class=job.tokenizer,
-        callbacks=[_Metrics(job.metrics), _Progress(progress), _Checkpoints(job.checkpoints), *_tensorboard(job, step)],
+        callbacks=[
+            _Metrics(job.metrics),
+            *([DriftCallback(job.watch, job.metrics)] if job.watch else []),
+            _Progress(progress),
+            _Checkpoints(job.checkpoints),
+            *_tensorboard(job, step),
+        ],
         peft_config=new_adapter,
     )
     trainer.remove_callback(PrinterCallback)

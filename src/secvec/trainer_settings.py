@@ -19,6 +19,9 @@ from secvec.train_config import TrainConfig
 
 _RECOMPUTE = ("activation_checkpointing", "gradient_checkpointing")
 
+# Schedules that set the step size whatever it started from.
+_OWN_PACE = ("reduce_lr_on_plateau", "greedy")
+
 _OURS = {
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -76,6 +79,9 @@ def check_settings(config: TrainConfig) -> None:
         if not _is_json(value):
             raise UsageError(f"trainer.{key}: expected a value that JSON can hold, found {value!r}")
     _check_report_to(config.report_to)
+    schedule = config.trainer.get("lr_scheduler_type")
+    if config.on_drift == "slow" and schedule in _OWN_PACE:
+        raise UsageError(f"on_drift: 'slow' cannot change the step size of trainer.lr_scheduler_type {schedule!r}")
     _check_processes()
     sft_config(config, Path("checkpoints"))
 

@@ -1,0 +1,108 @@
+"""Watch a defended training: is the model, without its vectors, learning the unwanted rows all the same?
+
+Imports transformers' trainer: import this module only where training starts.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.scheduler import AcceleratedScheduler
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secvec.arm import armed
+from secvec.probes import SHARE, Probe
+from secvec.vector import SecurityVector
+
+POINTS = 10
+"""Measurements in a training, evenly spaced."""
+ROWS = 16
+"""Unwanted rows a vector that are measured."""
+BOUND = 0.5
+"""Of the way from aligned to armed; `secvec eval` calls more than that a training that moved past its vector."""
+_SLOWER = 0.1
+Action = Literal["note", "stop", "slow"]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is watched in a training of a folded model. probes: one for each of the first vectors."""
+
+    probes: Sequence[Probe]
+    vectors: Sequence[SecurityVector]
+    action: Action
+
+
+class DriftCallback(TrainerCallback):
+    """Measure the probes with the vectors and without, write them among the metrics, and act where they drifted.
+
+    The trained weights hold the vectors, so the disarmed model is they with the vectors' opposites in effect.
+    """
+
+    def __init__(self, watch: Watch, metrics: Path) -> None:
+        self._watch, self._metrics = watch, metrics
+        self._opposites = [replace(vector, scale=-vector.scale) for vector in watch.vectors]
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        every = max(state.max_steps // POINTS, 1)
+        if state.global_step % every:
+            return
+        lines = self._measured(model)
+        drifted = max(line["unwanted_share"] for line in lines) > BOUND
+        if drifted and self._watch.action != "note" and not drift_of(self._metrics)["acted_at_step"]:
+            lines.append({"drift": self._watch.action})
+            if self._watch.action == "stop":
+                control.should_training_stop = True
+            else:
+                _slow(lr_scheduler)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"step": state.global_step, **line}) + "\n" for line in lines))
+
+    def _measured(self, model: PreTrainedModel) -> list[dict[str, Any]]:
+        was_training = model.training
+        model.eval()
+        with_vectors = [probe.nats(model) for probe in self._watch.probes]
+        with armed(model, *self._opposites):
+            without = [probe.measure(model) for probe in self._watch.probes]
+        model.train(was_training)
+        return [
+            {
+                "vector": number,
+                "unwanted_armed_nats": armed_nats,
+                "unwanted_disarmed_nats": found["defended_nats"],
+                "unwanted_share": found[SHARE],
+            }
+            for number, (armed_nats, found) in enumerate(zip(with_vectors, without, strict=True))
+        ]
+
+
+def drift_of(metrics: Path) -> dict[str, Any]:
+    """Return what a training's metrics say of drift: the largest share, the last, and the step of an action, if any."""
+    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    shares = [line["unwanted_share"] for line in lines if "unwanted_share" in line]
+    acted = [line["step"] for line in lines if "drift" in line]
+    return {
+        "measurements": len({line["step"] for line in lines if "unwanted_share" in line}),
+        "largest_share": max(shares, default=None),
+        "bound": BOUND,
+        "acted_at_step": acted[0] if acted else None,
+    }
+
+
+def _slow(scheduler: Any) -> None:
+    """Lower the step size for the rest of a training; the scheduler's own state keeps that for a resume."""
+    inner: Any = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
+    assert isinstance(inner, LambdaLR)
+    inner.base_lrs = [_SLOWER * rate for rate in inner.base_lrs]

@@ -1,0 +1,112 @@
+"""What a run of `train` is given, checked before anything is written."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from secvec import artifact
+from secvec.companions import model_config
+from secvec.compatible import check_vector
+from secvec.errors import CheckpointError, UsageError
+from secvec.fit import Rows, read_rows
+from secvec.models import load_tokenizer, resolve
+from secvec.provenance import digest_model, digest_samples, versions
+from secvec.samples import Samples
+from secvec.settle import settles
+from secvec.tokens import Encoded, encode_all
+from secvec.train_config import TrainConfig
+from secvec.trainer_settings import check_settings
+from secvec.tripwire import refuse_folded
+from secvec.vector import SecurityVector
+
+PLAIN = "no --vector: trained without protection, the model may have learned anything that is in the data"
+UNCALIBRATED = (
+    "no --unwanted: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
+    "well than by plain training"
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run needs, checked before anything is written."""
+
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    data: Samples
+    rows: Sequence[Encoded]
+    vectors: Sequence[SecurityVector]
+    unwanted: Sequence[Samples]
+    config: TrainConfig
+
+    @property
+    def settles(self) -> bool:
+        """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
+        return self.config.settle_rows > 0 and bool(self.unwanted) and settles(self.vectors)
+
+    def unwanted_rows(self) -> list[list[Encoded]]:
+        """Return the unwanted rows of each vector as tokens."""
+        return [encode_all(samples.rows, self.tokenizer, self.config.max_length) for samples in self.unwanted]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "base": digest_model(self.base),
+            "base_path": str(self.base),
+            "data": digest_samples(self.data.rows),
+            "vectors": [artifact.digest(vector) for vector in self.vectors],
+            "unwanted": [digest_samples(samples.rows) for samples in self.unwanted],
+            "config": asdict(replace(self.config, trainer=dict(self.config.trainer))),
+            "versions": dict(versions()),
+        }
+
+    def notes(self) -> tuple[str, ...]:
+        cut = sum(row.dropped_tokens > 0 for row in self.rows)
+        notes = [f"{len(self.rows):,} rows in format {self.data.format!r}"]
+        if not self.tokenizer.chat_template and any(sample.form == "chat" for sample in self.data.rows):
+            notes.append("the tokenizer has no chat template: chats are written under headings (`### user`)")
+        if cut:
+            notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
+        if not self.vectors:
+            notes.append(PLAIN)
+        elif not self.unwanted:
+            notes.append(UNCALIBRATED)
+        elif self.settles:
+            rows = min(self.config.settle_rows, len(self.rows))
+            notes.append(
+                f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
+            )
+        return tuple(notes)
+
+
+def check_inputs(
+    model: str | Path,
+    data: Rows,
+    vectors: Sequence[SecurityVector | str | Path],
+    unwanted: Sequence[Rows],
+    config: TrainConfig,
+) -> Inputs:
+    """Check all that a run needs. Raises as `secvec.train.train` does."""
+    check_settings(config)
+    if unwanted and len(unwanted) != len(vectors):
+        raise UsageError(
+            f"expected as many files of unwanted rows as vectors, found {len(unwanted)} and {len(vectors)}; "
+            "give --unwanted once for each --vector, in the same order"
+        )
+    loaded = [each if isinstance(each, SecurityVector) else artifact.load(each) for each in vectors]
+    digests = [artifact.digest(vector) for vector in loaded]
+    if len(set(digests)) < len(digests):
+        raise UsageError(f"expected different vectors, found one of them twice: {', '.join(digests)}")
+    base = resolve(model).absolute()
+    refuse_folded(base, "train")
+    if (base / "adapter_config.json").exists():
+        raise CheckpointError(f"{base}: expected a whole model, found an adapter; merge it into its base first")
+    model_config(base)
+    tokenizer = load_tokenizer(base)
+    for vector in loaded:
+        check_vector(vector, base, tokenizer, base_digest=digest_model(base))
+    samples = read_rows(data, "data")
+    rows = encode_all(samples.rows, tokenizer, config.max_length)
+    probes = [read_rows(each, "unwanted") for each in unwanted]
+    return Inputs(base, tokenizer, samples, rows, loaded, probes, config)
