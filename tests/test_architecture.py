@@ -32,7 +32,7 @@ LAYERS = {
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": set[str](),  # integrations and the service, not written yet
-    "L5": {"cli"},
+    "L5": {"cli", "terminal"},
 }
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
 RANK = {module: number for number, names in enumerate(LAYERS.values()) for module in names}
