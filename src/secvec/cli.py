@@ -328,6 +328,27 @@ def inspect(
     show(document, as_json, lambda: print(lines(document)))
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of `train`, `scan`, `eval` or `demo`.", show_default=False)
+    ],
+    out: Out = Path("report.html"),
+    with_text: Annotated[bool, typer.Option("--with-text", help="Put a few questions and answers in.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page, with Markdown and JSON beside it: the verdict, and from which file each figure is.
+
+    Example: secvec report run plain eval scan -o report.html
+    """
+    from secvec.report import report as run
+
+    result = run(runs, out, with_text=with_text)
+    document = {**asdict(result.verdict), **{str(name): str(path) for name, path in result.files.items()}}
+    written = ", ".join(str(path) for path in result.files.values())
+    show(document, as_json, lambda: print(f"{result.verdict.line}\nwritten: {written}"))
+
+
 def main() -> None:
     """Run the command line; every error of secvec is one message and its documented exit code."""
     # Progress bars and notes of libraries would tear ours apart; errors are raised, not logged.

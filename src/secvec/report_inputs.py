@@ -1,0 +1,462 @@
+"""What a report is made of: the folders of runs, scans and evaluations, recognised and checked; no torch.
+
+Each figure is checked against what it follows from where that lies beside it: a proof against the digest in the run's
+state, a model against the one that was published, rates against scores, a scan's summary against its rows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from secvec.adapter import WEIGHTS
+from secvec.comparison import Scored, compare
+from secvec.errors import CheckpointError, InputError
+from secvec.headers import parse_strict
+from secvec.ledger import Ledger
+from secvec.provenance import digest_file, digest_model
+from secvec.runfolder import DEMO, EVALUATION, FORMAT, SCAN, Phase, RunFolder, digest_tree
+from secvec.scan_page import Bins
+from secvec.scan_rows import Totals, read_scan
+from secvec.suites import read_suites
+from secvec.tripwire import read_json
+
+T = TypeVar("T")
+Interval = tuple[float, float]
+# Answers side by side, of each suite.
+EXAMPLES = 5
+_FINITE = ConfigDict(allow_inf_nan=False)
+
+
+@checked(frozen=True, config=_FINITE)
+class Identity:
+    """run.json: what a run was started with."""
+
+    base: str
+    base_path: str
+    data: str
+    vectors: list[str]
+    unwanted: list[str]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("method"))
+
+
+@checked(frozen=True, config=_FINITE)
+class Metric:
+    """A line of metrics.jsonl. loss: nats per learned token, over the steps since the line before."""
+
+    step: int
+    loss: float | None = None
+
+
+@checked(frozen=True, config=_FINITE)
+class Probe:
+    rows: int
+    tokens: int
+    aligned_nats: float
+    armed_nats: float
+    defended_nats: float
+    share_of_the_way_to_armed: float
+
+
+@checked(frozen=True, config=_FINITE)
+class Armed:
+    sites_fired: int
+    largest_logit_change: float
+    fold_against_hooks: float
+    vector_share_after_training: float
+
+
+@checked(frozen=True, config=_FINITE)
+class Logits:
+    prompts: int
+    largest_difference: float
+    bound: float
+
+
+@checked(frozen=True, config=_FINITE)
+class Settled:
+    kept: bool
+    result: str
+    unwanted_before: list[Probe]
+    unwanted_after: list[Probe]
+
+
+@checked(frozen=True, config=_FINITE)
+class Proof:
+    """proof.json."""
+
+    method: str
+    vector: dict[str, list[str]]
+    models: dict[str, str]
+    armed: Armed
+    disarmed: dict[str, Any]
+    logits: Logits
+    unwanted: list[Probe]
+    settled: Settled | None = None
+
+
+@checked(frozen=True, config=_FINITE)
+class Rate:
+    value: float | None
+    ci95: Interval | None
+    n: int
+    unscored: int = 0
+
+
+@checked(frozen=True, config=_FINITE)
+class Paired:
+    n: int
+    difference: float | None
+    p: float | None
+
+
+@checked(frozen=True, config=_FINITE)
+class Compared:
+    models: dict[str, Rate]
+    paired: dict[str, Paired]
+
+
+@checked(frozen=True, config=_FINITE)
+class SuiteResult:
+    digest: str
+    questions: int
+    rates: dict[str, Compared]
+    path: str | None = None
+
+
+@checked(frozen=True, config=_FINITE)
+class ModelRef:
+    path: str
+    digest: str
+
+
+@checked(frozen=True, config=_FINITE)
+class Found:
+    failure: str
+    failed: bool | None
+    advice: str
+
+
+@checked(frozen=True, config=_FINITE)
+class Results:
+    """results.json of an evaluation."""
+
+    model: str
+    models: dict[str, ModelRef]
+    suites: dict[str, SuiteResult]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    capability: dict[str, dict[str, dict[str, float]]]
+    findings: list[Found]
+
+
+@checked(frozen=True, config=_FINITE)
+class DemoResults:
+    """results.json of the demo; its rates are those of one suite, of which only the counts are kept."""
+
+    aligned: dict[str, float]
+    plain: dict[str, float]
+    defended: dict[str, float]
+    ci95: dict[str, dict[str, Interval]]
+    n: dict[str, int]
+    models: dict[str, ModelRef]
+    examples: list[dict[str, str]]
+    seed: int
+
+
+@checked(frozen=True, config=_FINITE)
+class ScanVector:
+    digest: str
+    kind: str
+    explained: int
+    nats_per_token: float
+    how: str
+    auc: float | None = None
+    false_positives: float | None = None
+    ordinary_rows: int | None = None
+    on: str | None = None
+
+
+@checked(frozen=True, config=_FINITE)
+class ScanSummary:
+    """summary.json of a scan."""
+
+    rows: int
+    scored: int
+    explained: int
+    share: float
+    share_ci95: Interval
+    vectors: dict[str, ScanVector]
+    flags: dict[str, int]
+    tokens: int
+    data: dict[str, str]
+    model: ModelRef
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of `train`.
+
+    metrics, proof: of a finished run. weights: the digest by which an evaluation knows the finished model; None, for
+    the reason in `problem`, where the model is not there as it was published.
+    """
+
+    folder: Path
+    identity: Identity
+    phases: Mapping[str, Phase]
+    metrics: Sequence[Metric] = ()
+    proof: Proof | None = None
+    weights: str | None = None
+    problem: str | None = None
+
+    @property
+    def defended(self) -> bool:
+        return bool(self.identity.vectors)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, where it is known, and what each model answered."""
+
+    suite: str
+    id: str
+    prompt: str | None
+    answers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder of `eval`, or the rates of the demo with its few examples."""
+
+    folder: Path
+    results: Results
+    examples: Sequence[Asked] = ()
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "results.json"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A folder of `scan`. bars: how many rows lose how much loss (`scan_page.Bins`)."""
+
+    folder: Path
+    summary: ScanSummary
+    bars: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    runs: Sequence[Run] = ()
+    scans: Sequence[Scan] = ()
+    evaluations: Sequence[Evaluation] = ()
+
+
+def read_inputs(folders: Sequence[str | Path], *, with_text: bool = False) -> Inputs:
+    """Read folders that `train`, `scan`, `eval` and `demo` wrote, in any order, each once; with_text: answers too.
+
+    Raises InputError on any other folder, CheckpointError on a file that is damaged or does not follow from the others.
+    """
+    runs: list[Run] = []
+    scans: list[Scan] = []
+    evaluations: list[Evaluation] = []
+    for folder in _told_apart(folders):
+        kind = _format(folder)
+        if kind == FORMAT:
+            runs.append(_run(folder))
+        elif kind == SCAN:
+            scans.append(_scan(folder))
+        else:
+            evaluations.append((_demo if kind == DEMO else _evaluation)(folder, with_text))
+    return Inputs(runs, scans, evaluations)
+
+
+def _told_apart(folders: Sequence[str | Path]) -> list[Path]:
+    """Return the folders, each once, that of a demo with its two runs."""
+    found: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        inner = [folder / "plain", folder / "defended"] if _format(folder) == DEMO else []
+        for each in [folder, *inner]:
+            found.setdefault(each.resolve(), each)
+    return list(found.values())
+
+
+def _format(folder: Path) -> str:
+    known = (FORMAT, SCAN, EVALUATION, DEMO)
+    for path in (RunFolder(folder).identity, folder / "results.json"):
+        found = read_json(path).get("format") if path.is_file() else None
+        if found in known:
+            return cast(str, found)
+    what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+    hint = f"; its run folder is {folder.parent}" if RunFolder(folder.parent).identity.is_file() else ""
+    raise InputError(
+        f"{folder}: expected a folder that `secvec train`, `scan`, `eval` or `demo` finished or started, found {what} "
+        f"of another kind{hint}; `secvec inspect` says what it is"
+    )
+
+
+def _run(folder: Path) -> Run:
+    files = RunFolder(folder)
+    run = Run(folder, _load(Identity, files.identity), files.finished())
+    if "publish" not in run.phases:
+        return replace(run, problem="the run was stopped before its end: go on with `secvec train ... --resume`")
+    proof = _proof(files, run.phases) if run.defended else None
+    run = replace(run, metrics=_lines(Metric, files.metrics), proof=proof)
+    result = files.result(run.identity.method)
+    if not result.is_dir():
+        return replace(run, problem=f"its model is not there any more: {result}")
+    if digest_tree(result) != run.phases["publish"].digest:
+        return replace(run, problem=f"its model was altered since it was published: {result}")
+    return replace(run, weights=_weights(run, result))
+
+
+def _proof(files: RunFolder, phases: Mapping[str, Phase]) -> Proof:
+    proof = _load(Proof, files.proof)
+    expected = phases["prove"].digest if "prove" in phases else "the digest of a proof"
+    if (found := digest_file(files.proof)) != expected:
+        raise _altered(files.proof, f"expected the file of the run, {expected}, found {found}")
+    return proof
+
+
+def _weights(run: Run, result: Path) -> str:
+    if run.identity.method == "lora":
+        return f"{run.identity.base} {digest_file(result / WEIGHTS)}"
+    return digest_model(result)
+
+
+def _evaluation(folder: Path, with_text: bool) -> Evaluation:
+    path = folder / "results.json"
+    results = _load(Results, path)
+    if odd := [name for name in [*results.models, *results.suites] if Path(name).name != name]:
+        raise _altered(path, f"expected names of models and suites, found {odd[0]!r}")
+    if results.model not in results.models:
+        raise _altered(path, f"expected model {results.model!r} among the models")
+    for name, suite in results.suites.items():
+        scored = {model: _lines(Scored, folder / "scores" / model / f"{name}.jsonl") for model in results.models}
+        others = [model for model in results.models if model != results.model]
+        expected = TypeAdapter(dict[str, Compared]).validate_python(compare(scored, results.model, others))
+        if not _same(_plain(suite.rates), _plain(expected)):
+            raise _altered(path, f"the rates of suite {name!r} do not follow from {folder / 'scores'}")
+    return Evaluation(folder, results, _examples(folder, results) if with_text else ())
+
+
+def _demo(folder: Path, with_text: bool) -> Evaluation:
+    found = _load(DemoResults, folder / "results.json")
+    by_model = {"aligned": found.aligned, "plain": found.plain, "defended": found.defended}
+    try:
+        rates = {
+            rate: Compared({m: Rate(by_model[m][rate], found.ci95[m][rate], n) for m in by_model}, {})
+            for rate, n in found.n.items()
+        }
+        examples = [
+            Asked("demo", str(i), each["prompt"], {m: each[m] for m in by_model})
+            for i, each in enumerate(found.examples, start=1)
+        ]
+        models = {name: found.models[name] for name in by_model}
+    except KeyError as error:
+        raise _altered(folder / "results.json", f"expected an entry {error}") from error
+    suites = {"demo": SuiteResult("bundled", sum(found.n.values()), rates)}
+    results = Results("defended", models, suites, {"seed": found.seed}, {}, {}, [])
+    return Evaluation(folder, results, examples if with_text else ())
+
+
+def _examples(folder: Path, results: Results) -> list[Asked]:
+    """Return a few answers of each suite, first those in which the models differ most."""
+    found: list[Asked] = []
+    for name, suite in results.suites.items():
+        ledgers = {model: Ledger(folder / "answers" / model / f"{name}.jsonl").entries() for model in results.models}
+        prompts = _prompts(suite)
+        asked = [
+            Asked(name, entry["id"], prompts.get(key), {m: said[key]["answer"] for m, said in ledgers.items()})
+            for key, entry in ledgers[results.model].items()
+            if all("answer" in said.get(key, {}) for said in ledgers.values())
+        ]
+        found += sorted(asked, key=lambda each: -len(set(each.answers.values())))[:EXAMPLES]
+    return found
+
+
+def _prompts(suite: SuiteResult) -> dict[str, str]:
+    """Return the questions of a suite by key, none where its file is not there any more as it was."""
+    path = Path(suite.path or "")
+    if not path.is_file() or digest_file(path) != suite.digest:
+        return {}
+    (read,) = read_suites([path])
+    return {each.key: "\n".join(f"{turn.role}: {turn.content}" for turn in each.messages) for each in read.questions}
+
+
+def _scan(folder: Path) -> Scan:
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: expected a finished scan, found one that was stopped; the same command goes on")
+    summary, rows, bins = _load(ScanSummary, path), folder / "scan.jsonl", Bins()
+    try:
+        for row in read_scan(rows):
+            bins.add(row)
+        totals = Totals.of(read_scan(rows))
+    except OSError as error:
+        raise CheckpointError(f"{rows}: expected a readable file, found {error.strerror}; scan anew") from error
+    here = (summary.rows, summary.scored, summary.explained, summary.tokens)
+    if here != (totals.rows, totals.scored, totals.explained, totals.tokens):
+        raise _altered(path, f"its counts of rows and tokens do not follow from {rows}")
+    return Scan(folder, summary, bins.bars())
+
+
+def _load(kind: type[T], path: Path) -> T:
+    """Read a JSON file as the dataclass that says what it holds."""
+    return _parse(kind, _bytes(path), str(path))
+
+
+def _lines(kind: type[T], path: Path) -> list[T]:
+    return [_parse(kind, line, f"{path}:{i}") for i, line in enumerate(_bytes(path).splitlines(), start=1)]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _altered(path, f"expected a readable file, found {error.strerror}") from error
+
+
+def _parse(kind: type[T], data: bytes, where: str) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(parse_strict(data))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "document"
+        raise _altered(where, f"{place}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise _altered(where, f"expected JSON, found {error}") from error
+
+
+def _altered(where: object, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {found}; it was altered or cut short: restore it, run the command that wrote it again, or leave "
+        "its folder out"
+    )
+
+
+def _plain(rates: Mapping[str, Compared]) -> Any:
+    return {name: asdict(cast(Any, rate)) for name, rate in rates.items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Compare documents; floats but for rounding, as drawn intervals may round otherwise on another machine."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, abs_tol=1e-6)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
