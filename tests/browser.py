@@ -1,10 +1,10 @@
 """Headless Chromium, driven through its debugging pipe: what a page shows, says on the console and looks like."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ class Page:
     """An open page. complaints: errors, warnings, refused loads and requests, as they come."""
 
     def __init__(self, write: int, read: int) -> None:
-        self._write, self._read = write, os.fdopen(read, "rb")
+        self._write, self._read = write, os.fdopen(read, "rb", closefd=False)
         self._number, self._session = 0, ""
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -50,7 +50,7 @@ class Page:
         """Load a file in a window of so many CSS pixels and wait until it is there."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=path.absolute().as_uri())
-        while self.run("document.readyState") != "complete":
+        while self.run("[document.readyState, location.href]") != ["complete", path.absolute().as_uri()]:
             pass
 
     def run(self, script: str) -> Any:
@@ -80,21 +80,29 @@ class Page:
 
 @contextmanager
 def browser(profile: Path) -> Generator[Page]:
-    """Start a browser with a new profile and end it with its children."""
-    (their_read, write), (read, their_write) = os.pipe(), os.pipe()
-    command = ["sh", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "sh", CHROMIUM, *_FLAGS]
-    with subprocess.Popen(
-        [*command, f"--user-data-dir={profile}"],
-        pass_fds=(their_read, their_write),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        os.close(their_read)
-        os.close(their_write)
-        try:
-            page = Page(write, read)
-            yield page
-            page.call("Browser.close")
-        finally:
-            os.close(write)
-            process.terminate()
+    """Start a browser with a new profile, and end it."""
+    (their_read, write), (read, their_write) = _pipe(), _pipe()
+    # It reads from 3 and writes to 4; what it says elsewhere is of no interest.
+    silent = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
+    ends = [(os.POSIX_SPAWN_DUP2, their_read, 3), (os.POSIX_SPAWN_DUP2, their_write, 4)]
+    command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"]
+    process = os.posix_spawn(CHROMIUM, command, os.environ, file_actions=[*silent, *ends])
+    os.close(their_read)
+    os.close(their_write)
+    try:
+        page = Page(write, read)
+        yield page
+        page.call("Browser.close")
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(process, 0)
+
+
+def _pipe() -> tuple[int, int]:
+    """Return a pipe whose ends are none of the numbers that the browser gives a meaning to."""
+    low = os.pipe()
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return ends[0], ends[1]

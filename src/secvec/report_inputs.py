@@ -8,200 +8,38 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked
+from pydantic import TypeAdapter
 
 from secvec.adapter import WEIGHTS
 from secvec.comparison import Scored, compare
 from secvec.errors import CheckpointError, InputError
-from secvec.headers import parse_strict
 from secvec.ledger import Ledger
 from secvec.provenance import digest_file, digest_model
+from secvec.report_files import (
+    Compared,
+    DemoResults,
+    Identity,
+    Metric,
+    Proof,
+    Rate,
+    Results,
+    ScanSummary,
+    SuiteResult,
+    altered,
+    lines,
+    load,
+)
 from secvec.runfolder import DEMO, EVALUATION, FORMAT, SCAN, Phase, RunFolder, digest_tree
 from secvec.scan_page import Bins
 from secvec.scan_rows import Totals, read_scan
+from secvec.stats import wilson
 from secvec.suites import read_suites
 from secvec.tripwire import read_json
 
-T = TypeVar("T")
-Interval = tuple[float, float]
 # Answers side by side, of each suite.
 EXAMPLES = 5
-_FINITE = ConfigDict(allow_inf_nan=False)
-
-
-@checked(frozen=True, config=_FINITE)
-class Identity:
-    """run.json: what a run was started with."""
-
-    base: str
-    base_path: str
-    data: str
-    vectors: list[str]
-    unwanted: list[str]
-    config: dict[str, Any]
-    versions: dict[str, str]
-
-    @property
-    def method(self) -> str:
-        return str(self.config.get("method"))
-
-
-@checked(frozen=True, config=_FINITE)
-class Metric:
-    """A line of metrics.jsonl. loss: nats per learned token, over the steps since the line before."""
-
-    step: int
-    loss: float | None = None
-
-
-@checked(frozen=True, config=_FINITE)
-class Probe:
-    rows: int
-    tokens: int
-    aligned_nats: float
-    armed_nats: float
-    defended_nats: float
-    share_of_the_way_to_armed: float
-
-
-@checked(frozen=True, config=_FINITE)
-class Armed:
-    sites_fired: int
-    largest_logit_change: float
-    fold_against_hooks: float
-    vector_share_after_training: float
-
-
-@checked(frozen=True, config=_FINITE)
-class Logits:
-    prompts: int
-    largest_difference: float
-    bound: float
-
-
-@checked(frozen=True, config=_FINITE)
-class Settled:
-    kept: bool
-    result: str
-    unwanted_before: list[Probe]
-    unwanted_after: list[Probe]
-
-
-@checked(frozen=True, config=_FINITE)
-class Proof:
-    """proof.json."""
-
-    method: str
-    vector: dict[str, list[str]]
-    models: dict[str, str]
-    armed: Armed
-    disarmed: dict[str, Any]
-    logits: Logits
-    unwanted: list[Probe]
-    settled: Settled | None = None
-
-
-@checked(frozen=True, config=_FINITE)
-class Rate:
-    value: float | None
-    ci95: Interval | None
-    n: int
-    unscored: int = 0
-
-
-@checked(frozen=True, config=_FINITE)
-class Paired:
-    n: int
-    difference: float | None
-    p: float | None
-
-
-@checked(frozen=True, config=_FINITE)
-class Compared:
-    models: dict[str, Rate]
-    paired: dict[str, Paired]
-
-
-@checked(frozen=True, config=_FINITE)
-class SuiteResult:
-    digest: str
-    questions: int
-    rates: dict[str, Compared]
-    path: str | None = None
-
-
-@checked(frozen=True, config=_FINITE)
-class ModelRef:
-    path: str
-    digest: str
-
-
-@checked(frozen=True, config=_FINITE)
-class Found:
-    failure: str
-    failed: bool | None
-    advice: str
-
-
-@checked(frozen=True, config=_FINITE)
-class Results:
-    """results.json of an evaluation."""
-
-    model: str
-    models: dict[str, ModelRef]
-    suites: dict[str, SuiteResult]
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    capability: dict[str, dict[str, dict[str, float]]]
-    findings: list[Found]
-
-
-@checked(frozen=True, config=_FINITE)
-class DemoResults:
-    """results.json of the demo; its rates are those of one suite, of which only the counts are kept."""
-
-    aligned: dict[str, float]
-    plain: dict[str, float]
-    defended: dict[str, float]
-    ci95: dict[str, dict[str, Interval]]
-    n: dict[str, int]
-    models: dict[str, ModelRef]
-    examples: list[dict[str, str]]
-    seed: int
-
-
-@checked(frozen=True, config=_FINITE)
-class ScanVector:
-    digest: str
-    kind: str
-    explained: int
-    nats_per_token: float
-    how: str
-    auc: float | None = None
-    false_positives: float | None = None
-    ordinary_rows: int | None = None
-    on: str | None = None
-
-
-@checked(frozen=True, config=_FINITE)
-class ScanSummary:
-    """summary.json of a scan."""
-
-    rows: int
-    scored: int
-    explained: int
-    share: float
-    share_ci95: Interval
-    vectors: dict[str, ScanVector]
-    flags: dict[str, int]
-    tokens: int
-    data: dict[str, str]
-    model: ModelRef
-    settings: dict[str, Any]
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -237,7 +75,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A folder of `eval`, or the rates of the demo with its few examples."""
+    """A folder of `eval`, or that of the demo. examples: answers, only where texts were asked for."""
 
     folder: Path
     results: Results
@@ -246,6 +84,11 @@ class Evaluation:
     @property
     def file(self) -> Path:
         return self.folder / "results.json"
+
+    def answers(self, suite: str) -> Path:
+        """Return where a suite's answers lie, with a star for the model's name."""
+        path = self.folder / "answers" / "*" / f"{suite}.jsonl"
+        return path if path.parent.parent.is_dir() else self.file
 
 
 @dataclass(frozen=True)
@@ -309,11 +152,11 @@ def _format(folder: Path) -> str:
 
 def _run(folder: Path) -> Run:
     files = RunFolder(folder)
-    run = Run(folder, _load(Identity, files.identity), files.finished())
+    run = Run(folder, load(Identity, files.identity), files.finished())
     if "publish" not in run.phases:
         return replace(run, problem="the run was stopped before its end: go on with `secvec train ... --resume`")
     proof = _proof(files, run.phases) if run.defended else None
-    run = replace(run, metrics=_lines(Metric, files.metrics), proof=proof)
+    run = replace(run, metrics=lines(Metric, files.metrics), proof=proof)
     result = files.result(run.identity.method)
     if not result.is_dir():
         return replace(run, problem=f"its model is not there any more: {result}")
@@ -323,10 +166,10 @@ def _run(folder: Path) -> Run:
 
 
 def _proof(files: RunFolder, phases: Mapping[str, Phase]) -> Proof:
-    proof = _load(Proof, files.proof)
+    proof = load(Proof, files.proof)
     expected = phases["prove"].digest if "prove" in phases else "the digest of a proof"
     if (found := digest_file(files.proof)) != expected:
-        raise _altered(files.proof, f"expected the file of the run, {expected}, found {found}")
+        raise altered(files.proof, f"expected the file of the run, {expected}, found {found}")
     return proof
 
 
@@ -338,22 +181,22 @@ def _weights(run: Run, result: Path) -> str:
 
 def _evaluation(folder: Path, with_text: bool) -> Evaluation:
     path = folder / "results.json"
-    results = _load(Results, path)
+    results = load(Results, path)
     if odd := [name for name in [*results.models, *results.suites] if Path(name).name != name]:
-        raise _altered(path, f"expected names of models and suites, found {odd[0]!r}")
+        raise altered(path, f"expected names of models and suites, found {odd[0]!r}")
     if results.model not in results.models:
-        raise _altered(path, f"expected model {results.model!r} among the models")
+        raise altered(path, f"expected model {results.model!r} among the models")
     for name, suite in results.suites.items():
-        scored = {model: _lines(Scored, folder / "scores" / model / f"{name}.jsonl") for model in results.models}
+        scored = {model: lines(Scored, folder / "scores" / model / f"{name}.jsonl") for model in results.models}
         others = [model for model in results.models if model != results.model]
         expected = TypeAdapter(dict[str, Compared]).validate_python(compare(scored, results.model, others))
         if not _same(_plain(suite.rates), _plain(expected)):
-            raise _altered(path, f"the rates of suite {name!r} do not follow from {folder / 'scores'}")
+            raise altered(path, f"the rates of suite {name!r} do not follow from {folder / 'scores'}")
     return Evaluation(folder, results, _examples(folder, results) if with_text else ())
 
 
 def _demo(folder: Path, with_text: bool) -> Evaluation:
-    found = _load(DemoResults, folder / "results.json")
+    found = load(DemoResults, folder / "results.json")
     by_model = {"aligned": found.aligned, "plain": found.plain, "defended": found.defended}
     try:
         rates = {
@@ -366,7 +209,7 @@ def _demo(folder: Path, with_text: bool) -> Evaluation:
         ]
         models = {name: found.models[name] for name in by_model}
     except KeyError as error:
-        raise _altered(folder / "results.json", f"expected an entry {error}") from error
+        raise altered(folder / "results.json", f"expected an entry {error}") from error
     suites = {"demo": SuiteResult("bundled", sum(found.n.values()), rates)}
     results = Results("defended", models, suites, {"seed": found.seed}, {}, {}, [])
     return Evaluation(folder, results, examples if with_text else ())
@@ -379,7 +222,12 @@ def _examples(folder: Path, results: Results) -> list[Asked]:
         ledgers = {model: Ledger(folder / "answers" / model / f"{name}.jsonl").entries() for model in results.models}
         prompts = _prompts(suite)
         asked = [
-            Asked(name, entry["id"], prompts.get(key), {m: said[key]["answer"] for m, said in ledgers.items()})
+            Asked(
+                name,
+                str(entry.get("id")),
+                prompts.get(key),
+                {m: str(said[key]["answer"]) for m, said in ledgers.items()},
+            )
             for key, entry in ledgers[results.model].items()
             if all("answer" in said.get(key, {}) for said in ledgers.values())
         ]
@@ -400,7 +248,7 @@ def _scan(folder: Path) -> Scan:
     path = folder / "summary.json"
     if not path.is_file():
         raise InputError(f"{folder}: expected a finished scan, found one that was stopped; the same command goes on")
-    summary, rows, bins = _load(ScanSummary, path), folder / "scan.jsonl", Bins()
+    summary, rows, bins = load(ScanSummary, path), folder / "scan.jsonl", Bins()
     try:
         for row in read_scan(rows):
             bins.add(row)
@@ -408,43 +256,13 @@ def _scan(folder: Path) -> Scan:
     except OSError as error:
         raise CheckpointError(f"{rows}: expected a readable file, found {error.strerror}; scan anew") from error
     here = (summary.rows, summary.scored, summary.explained, summary.tokens)
-    if here != (totals.rows, totals.scored, totals.explained, totals.tokens):
-        raise _altered(path, f"its counts of rows and tokens do not follow from {rows}")
+    here += tuple(vector.explained for vector in summary.vectors.values())
+    there = (totals.rows, totals.scored, totals.explained, totals.tokens)
+    there += tuple(totals.vectors[name] for name in summary.vectors)
+    shares = (summary.explained / max(summary.scored, 1), wilson(summary.explained, summary.scored))
+    if here != there or not _same((summary.share, summary.share_ci95), shares):
+        raise altered(path, f"its figures do not follow from {rows}")
     return Scan(folder, summary, bins.bars())
-
-
-def _load(kind: type[T], path: Path) -> T:
-    """Read a JSON file as the dataclass that says what it holds."""
-    return _parse(kind, _bytes(path), str(path))
-
-
-def _lines(kind: type[T], path: Path) -> list[T]:
-    return [_parse(kind, line, f"{path}:{i}") for i, line in enumerate(_bytes(path).splitlines(), start=1)]
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _altered(path, f"expected a readable file, found {error.strerror}") from error
-
-
-def _parse(kind: type[T], data: bytes, where: str) -> T:
-    try:
-        return TypeAdapter(kind).validate_python(parse_strict(data))
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
-        raise _altered(where, f"{place}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise _altered(where, f"expected JSON, found {error}") from error
-
-
-def _altered(where: object, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: {found}; it was altered or cut short: restore it, run the command that wrote it again, or leave "
-        "its folder out"
-    )
 
 
 def _plain(rates: Mapping[str, Compared]) -> Any:

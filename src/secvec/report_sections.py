@@ -1,11 +1,12 @@
 """The sections of a report: what to say, in which order, from which file each figure is; pure functions, no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from secvec.charts import curves, histogram
-from secvec.report_inputs import Asked, Evaluation, Inputs, Probe, Proof, Rate, Results, Run, Scan
+from secvec.report_files import Probe, Proof, Rate, Results
+from secvec.report_inputs import Asked, Evaluation, Inputs, Run, Scan
+from secvec.report_origin import provenance
+from secvec.report_page import Chart, Section, Table
 from secvec.report_verdict import Role, roles, shown
 
 _DRAWN_POINTS, _LISTED_POINTS = 300, 12
@@ -23,35 +24,6 @@ LIMITS = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Texts in rows. source: the file that the figures are from."""
-
-    title: str
-    source: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture, as SVG; legend: a name and a class of the page's colours each; table: the same as numbers."""
-
-    svg: str
-    legend: Sequence[tuple[str, str]]
-    table: Table
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    words: Sequence[str] = ()
-    tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = ()
-    answers: Sequence[Table] = ()
-    missing: Sequence[str] = field(default_factory=tuple[str, ...])
-
-
 def sections(inputs: Inputs, *, with_text: bool) -> list[Section]:
     """Return all sections; what was not measured is said to be so."""
     return [
@@ -61,7 +33,7 @@ def sections(inputs: Inputs, *, with_text: bool) -> list[Section]:
         _curves(inputs),
         _scans(inputs),
         _answers(inputs, with_text),
-        _provenance(inputs),
+        provenance(inputs),
         Section("Limits", LIMITS),
     ]
 
@@ -91,7 +63,7 @@ def _findings(evaluation: Evaluation) -> Table:
 
 def _rate_table(evaluation: Evaluation, inputs: Inputs) -> Table:
     results, named = evaluation.results, roles(evaluation, inputs)
-    order = sorted(results.models, key=lambda name: _ORDER.index(named[name]) if name in named else len(_ORDER))
+    order = _in_order(evaluation, named)
     rows = [
         [f"{suite}: {rate.replace('_', ' ')}", _counts([found.models[name] for name in order])]
         + [_cell(found.models[name], found.paired[name].p if name in found.paired else None) for name in order]
@@ -105,6 +77,11 @@ def _rate_table(evaluation: Evaluation, inputs: Inputs) -> Table:
         ["rate", "n", *heads],
         rows,
     )
+
+
+def _in_order(evaluation: Evaluation, named: Mapping[str, Role]) -> list[str]:
+    places = {name: _ORDER.index(role) for name, role in named.items()}
+    return sorted(evaluation.results.models, key=lambda name: places.get(name, len(_ORDER)))
 
 
 def _others(results: Results) -> list[str]:
@@ -334,61 +311,10 @@ def _asked(evaluation: Evaluation, asked: Asked, inputs: Inputs) -> Table:
     rows = [
         ["question", _cut(asked.prompt) if asked.prompt is not None else "(the suite's file is not there any more)"]
     ]
-    rows += [[_heading(name, named), _cut(answer)] for name, answer in asked.answers.items()]
-    return Table(f"{asked.suite}: {asked.id}", str(evaluation.folder), ["who", "text"], rows)
+    rows += [[_heading(name, named), _cut(asked.answers[name])] for name in _in_order(evaluation, named)]
+    return Table(f"{asked.suite}: {asked.id}", str(evaluation.answers(asked.suite)), ["who", "text"], rows)
 
 
 def _cut(text: str) -> str:
     more = len(text) - _MOST_CHARACTERS
     return text[:_MOST_CHARACTERS] + (f" ... ({more:,} more characters)" if more > 0 else "")
-
-
-def _provenance(inputs: Inputs) -> Section:
-    tables = [_origin(str(run.folder), str(run.folder / "run.json"), _of_run(run)) for run in inputs.runs]
-    tables += [_origin(str(scan.folder), str(scan.folder / "summary.json"), _of_scan(scan)) for scan in inputs.scans]
-    tables += [_origin(str(each.folder), str(each.file), _of_evaluation(each)) for each in inputs.evaluations]
-    return Section("Where this comes from", tables=tables)
-
-
-def _origin(title: str, source: str, entries: Mapping[str, str]) -> Table:
-    return Table(title, source, ["what", "value"], [[name, value] for name, value in entries.items() if value])
-
-
-def _of_run(run: Run) -> dict[str, str]:
-    it = run.identity
-    return {
-        "base model": f"{it.base_path}, {it.base}",
-        "vectors": ", ".join(it.vectors) or "none",
-        "training rows": it.data,
-        "unwanted rows": ", ".join(it.unwanted) or "none given",
-        "finished model (its weights)": run.weights or run.problem or "",
-        "seed": str(it.config.get("seed")),
-        "settings": _pairs({name: value for name, value in it.config.items() if name != "seed"}),
-        "versions": _pairs(it.versions),
-        "seconds (state.json)": _pairs({name: phase.seconds for name, phase in run.phases.items()}),
-    }
-
-
-def _of_scan(scan: Scan) -> dict[str, str]:
-    found = scan.summary
-    return {
-        "data": _pairs(found.data),
-        "model": f"{found.model.path}, {found.model.digest}",
-        **{f"vector {name}": f"{vector.kind}, {vector.digest}" for name, vector in found.vectors.items()},
-        "settings": _pairs(found.settings),
-        "versions": _pairs(found.versions),
-    }
-
-
-def _of_evaluation(evaluation: Evaluation) -> dict[str, str]:
-    found = evaluation.results
-    return {
-        **{f"model {name}": f"{model.path}, {model.digest}" for name, model in found.models.items()},
-        **{f"suite {name}": f"{suite.questions:,} questions, {suite.digest}" for name, suite in found.suites.items()},
-        "settings": _pairs(found.settings),
-        "versions": _pairs(found.versions),
-    }
-
-
-def _pairs(entries: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in entries.items())

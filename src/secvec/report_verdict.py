@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from secvec.report_inputs import Evaluation, Inputs, Rate, Run
+from secvec.report_files import Rate
+from secvec.report_inputs import Evaluation, Inputs, Run
 from secvec.stats import wilson
 
 Level = Literal["defended", "not shown", "not defended"]
