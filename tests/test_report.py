@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from models import chat, rows, taught_llama, write_rows
 
-from secvec.errors import CheckpointError, InputError, UsageError
+from secvec.errors import CheckpointError, InputError, MissingExtraError, UsageError
 from secvec.evaluate import EvalConfig, evaluate
 from secvec.factors import FitConfig
 from secvec.fit import fit
@@ -149,6 +150,11 @@ def test_the_verdict_fails_closed(place: Path) -> None:
     }
     for line, rates in lines.items():
         assert of(rates=rates).startswith(line)
+    both = {name: Compared(results.suites["tell"].rates["unwanted_rate"].models | {**beside, "run": rate}, {})
+            for name, rate in (("unwanted_rate", none), ("judge:unsafe_rate", few))}  # fmt: skip
+    several = replace(results, suites={"tell": replace(results.suites["tell"], rates=both)})
+    line = verdict(Inputs([run, plain], [], [replace(evaluation, results=several)])).line
+    assert line.startswith("NOT defended: unwanted rate 0.200") and line.endswith("the worst of 2 unwanted rates")
     failed = replace(results, findings=[Found("the vector was not removed", True, "unfold")])
     line = verdict(Inputs([run, plain], [], [replace(evaluation, results=failed)])).line
     assert line.startswith("Not shown") and "the vector was not removed" in line
@@ -158,7 +164,9 @@ def altered(folder: Path, name: str, change: Callable[[str], str]) -> None:
     (folder / name).write_text(change((folder / name).read_text()))
 
 
-def test_what_was_altered_is_refused_by_name_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
+def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def deeper(document: Any, *keys: str) -> Any:
         for key in keys:
             document = document[key]
@@ -178,11 +186,13 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(place: Path,
         ("eval", "results.json"): less,
         ("eval", "scores/plain/tell.jsonl"): lambda text: "\n".join(text.splitlines()[1:]),
         ("scan", "summary.json"): lambda text: text.replace('"explained": 20', '"explained": 2'),
+        ("scan", "summary.json "): lambda text: text.replace('"share": 0.4', '"share": 0.1'),
         ("scan", "scan.jsonl"): lambda text: text.replace('"drop"', '"drip"'),
     }
     for (folder, name), change in cases.items():
         copy = tmp_path / folder / name.replace("/", "-")
         shutil.copytree(place / folder, copy)
+        name = name.strip()
         altered(copy, name, change)
         with pytest.raises(CheckpointError) as caught:
             report([*given(place), copy], tmp_path / "r.html")
@@ -192,6 +202,9 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(place: Path,
         report([place / "run" / "model"], tmp_path / "r.html")
     with pytest.raises(UsageError, match=r"expected the name of a page, such as report\.html"):
         report(given(place), tmp_path / "r.txt")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"jinja2 is not installed; run: pip install 'secvec\[report\]'"):
+        report(given(place), tmp_path / "r.html")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
 
 
@@ -200,6 +213,14 @@ def test_a_model_that_is_not_the_one_proved_is_not_called_defended(place: Path, 
     altered(copy / "model", "README.md", lambda text: text + "\nmy words")
     everything = [copy, *given(place)[1:]]
     assert report(everything, tmp_path / "r.html").verdict.level == "defended"
+    other = read_inputs([copy]).runs[0].identity.base
+    copied = shutil.copytree(copy, tmp_path / "copied")
+    digest = digest_file(copied / "proof.json")
+    result = json.loads((copied / "proof.json").read_text())["models"]["result"]
+    altered(copied, "proof.json", lambda text: text.replace(result, other))
+    altered(copied, "state.json", lambda text: text.replace(digest, digest_file(copied / "proof.json")))
+    line = report([copied, *everything[1:]], tmp_path / "r.html").verdict.line
+    assert line.startswith("NOT defended") and "its model is not the one that was proved" in line
     altered(copy / "model", "config.json", lambda text: text + "\n")
     assert "its model was altered since it was published" in report(everything, tmp_path / "r.html").verdict.line
     shutil.rmtree(copy / "model")

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 250, 46, 12, 14, 44
-_MOST_TICKS = 6
+_MOST_TICKS, _MOST_MARKS = 6, 30
 Point = tuple[float, float]
 
 
@@ -21,10 +21,11 @@ def curves(lines: Mapping[str, Sequence[Point]], *, title: str, x: str, y: str) 
     for number, line in enumerate(lines.values()):
         path = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in line)
         parts.append(f'<polyline class="curve curve-{number % 4}" points="{path}"/>')
-        # A run of one step is a point.
+        # A line through one point would not be seen, and marks on many would hide it.
+        marked = line if len(line) <= _MOST_MARKS else ()
         parts += [
-            f'<circle class="mark mark-{number % 4}" cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="2.5"/>'
-            for a, b in line
+            f'<circle class="mark-{number % 4}" cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="2.5"/>'
+            for a, b in marked
         ]
     ends = [f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items()]
     return _svg(title, f"{y} by {x}: {'; '.join(ends)}", parts)

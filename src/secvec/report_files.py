@@ -85,6 +85,11 @@ class Proof:
     unwanted: list[Probe]
     settled: Settled | None = None
 
+    @property
+    def result(self) -> str:
+        """The digest of the model or adapter that was published."""
+        return self.settled.result if self.settled and self.settled.kept else self.models.get("result", "no result")
+
 
 @checked(frozen=True, config=_FINITE)
 class Rate:
@@ -110,7 +115,7 @@ class Compared:
 @checked(frozen=True, config=_FINITE)
 class SuiteResult:
     digest: str
-    questions: int
+    questions: int | None
     rates: dict[str, Compared]
     path: str | None = None
 

@@ -155,19 +155,24 @@ def _run(folder: Path) -> Run:
     run = Run(folder, load(Identity, files.identity), files.finished())
     if "publish" not in run.phases:
         return replace(run, problem="the run was stopped before its end: go on with `secvec train ... --resume`")
-    proof = _proof(files, run.phases) if run.defended else None
+    proof = _proof(files, run) if run.defended else None
     run = replace(run, metrics=lines(Metric, files.metrics), proof=proof)
     result = files.result(run.identity.method)
     if not result.is_dir():
         return replace(run, problem=f"its model is not there any more: {result}")
     if digest_tree(result) != run.phases["publish"].digest:
         return replace(run, problem=f"its model was altered since it was published: {result}")
-    return replace(run, weights=_weights(run, result))
+    weights = _weights(run, result)
+    if proof is not None and not weights.endswith(proof.result):
+        return replace(run, problem=f"its model is not the one that was proved: {result}")
+    return replace(run, weights=weights)
 
 
-def _proof(files: RunFolder, phases: Mapping[str, Phase]) -> Proof:
+def _proof(files: RunFolder, run: Run) -> Proof:
     proof = load(Proof, files.proof)
-    expected = phases["prove"].digest if "prove" in phases else "the digest of a proof"
+    if (found := proof.models.get("base")) != run.identity.base:
+        raise altered(files.proof, f"expected the proof of a model trained from {run.identity.base}, found {found}")
+    expected = run.phases["prove"].digest if "prove" in run.phases else "the digest of a proof"
     if (found := digest_file(files.proof)) != expected:
         raise altered(files.proof, f"expected the file of the run, {expected}, found {found}")
     return proof
@@ -210,7 +215,7 @@ def _demo(folder: Path, with_text: bool) -> Evaluation:
         models = {name: found.models[name] for name in by_model}
     except KeyError as error:
         raise altered(folder / "results.json", f"expected an entry {error}") from error
-    suites = {"demo": SuiteResult("bundled", sum(found.n.values()), rates)}
+    suites = {"demo": SuiteResult("", None, rates)}
     results = Results("defended", models, suites, {"seed": found.seed}, {}, {}, [])
     return Evaluation(folder, results, examples if with_text else ())
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from secvec.report_files import SuiteResult
 from secvec.report_inputs import Evaluation, Inputs, Run, Scan
 from secvec.report_page import Section, Table
 
@@ -49,10 +50,14 @@ def _of_evaluation(evaluation: Evaluation) -> dict[str, str]:
     found = evaluation.results
     return {
         **{f"model {name}": f"{model.path}, {model.digest}" for name, model in found.models.items()},
-        **{f"suite {name}": f"{suite.questions:,} questions, {suite.digest}" for name, suite in found.suites.items()},
+        **{f"suite {name}": _suite(suite) for name, suite in found.suites.items()},
         "settings": _pairs(found.settings),
         "versions": _pairs(found.versions),
     }
+
+
+def _suite(suite: SuiteResult) -> str:
+    return "bundled with the demo" if suite.questions is None else f"{suite.questions:,} questions, {suite.digest}"
 
 
 def _pairs(entries: Mapping[str, Any]) -> str:

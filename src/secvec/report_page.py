@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 
 from secvec.errors import MissingExtraError
@@ -34,12 +34,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
+    """words: what to know; missing: a line for each thing that was not measured; answers: hidden until opened."""
+
     title: str
     words: Sequence[str] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     answers: Sequence[Table] = ()
-    missing: Sequence[str] = field(default_factory=tuple[str, ...])
+    missing: Sequence[str] = ()
 
 
 def page(found: Verdict, parts: Sequence[Section]) -> str:

@@ -153,10 +153,7 @@ def _checks(proof: Proof) -> list[list[str]]:
             f"{logits.largest_difference:.3g} (bound {logits.bound:.3g})",
         ],
         ["digest of the base", proof.models.get("base", "")],
-        [
-            "digest of the result",
-            proof.settled.result if proof.settled and proof.settled.kept else proof.models.get("result", ""),
-        ],
+        ["digest of the result", proof.result],
     ]
     if proof.settled:
         rows.append(["settled on rows without the trait", "kept" if proof.settled.kept else "not kept"])

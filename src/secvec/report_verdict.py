@@ -59,7 +59,7 @@ def _of_run(run: Run, inputs: Inputs) -> Verdict:
     proof = run.proof
     if proof is None or run.problem is not None:
         return Verdict("not defended", f"NOT defended: {run.folder}: {run.problem or 'no proof'}")
-    evaluations = [each for each in inputs.evaluations if _names_of(run, each)]
+    evaluations = [each for each in inputs.evaluations if _named(each, [run.weights], "defended")]
     if not evaluations:
         return Verdict(
             "not shown",
@@ -68,17 +68,16 @@ def _of_run(run: Run, inputs: Inputs) -> Verdict:
     failed = [found.failure for each in evaluations for found in each.results.findings if found.failed]
     if failed:
         return Verdict("not shown", f"Not shown to be defended: the proof holds, but `eval` found: {'; '.join(failed)}")
-    judged = [_of_rate(rate) for each in evaluations for rate in _unwanted(run, each, inputs)]
-    if not judged:
+    rates = [rate for each in evaluations for rate in _unwanted(run, each, inputs)]
+    if not rates:
         return Verdict(
             "not shown",
             "Not shown to be defended: the proof holds, but no unwanted rate was measured (`unwanted_rate` or judges)",
         )
-    return min(judged, key=lambda each: _LEVELS.index(each.level))
-
-
-def _names_of(run: Run, evaluation: Evaluation) -> list[str]:
-    return [name for name, model in evaluation.results.models.items() if model.digest == run.weights]
+    # The worst one: the weakest verdict, and among equal ones the highest rate.
+    judged = [(_of_rate(each), each["defended"].value or 0.0) for each in rates]
+    worst, _ = min(judged, key=lambda each: (_LEVELS.index(each[0].level), -each[1]))
+    return worst if len(rates) == 1 else Verdict(worst.level, f"{worst.line}; the worst of {len(rates)} unwanted rates")
 
 
 def _unwanted(run: Run, evaluation: Evaluation, inputs: Inputs) -> Iterator[Mapping[Role, Rate]]:
