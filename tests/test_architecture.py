@@ -20,6 +20,8 @@ LAYERS = {
         *("matching", "provenance", "record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows"),
         *("scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
         *("comparison", "endpoint", "judges", "ledger", "rules", "suites"),
+        *("charts", "report", "report_files", "report_inputs", "report_origin", "report_page"),
+        *("report_sections", "report_verdict"),
     },
     "L1": {"escape", "exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models
@@ -33,7 +35,7 @@ LAYERS = {
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": set[str](),  # integrations and the service, not written yet
-    "L5": {"cli"},
+    "L5": {"cli", "terminal"},
 }
 MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
 RANK = {module: number for number, names in enumerate(LAYERS.values()) for module in names}
@@ -122,8 +124,8 @@ def test_neither_the_package_nor_its_command_nor_the_first_layer_loads_torch(imp
 def test_the_public_surface() -> None:
     assert set(secvec.__all__) == {
         "Clues", "EvalConfig", "FitConfig", "ScanConfig", "SecurityVector", "TrainConfig", "__version__", "armed",
-        "canary", "errors", "evaluate", "fit", "fold", "from_peft", "inspect", "is_armed", "load", "save", "scan",
-        "to_peft", "train", "unfold",
+        "canary", "errors", "evaluate", "fit", "fold", "from_peft", "inspect", "is_armed", "load", "report", "save",
+        "scan", "to_peft", "train", "unfold",
     }  # fmt: skip
     assert all(getattr(secvec, name) is not None for name in secvec.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):

@@ -65,6 +65,10 @@ def test_the_whole_story(place: Path, vector: Path, secvec: Shell, tmp_path: Pat
     assert json.loads((run / "proof.json").read_text())["unwanted"][0]["rows"] == 20
     code, out, _ = secvec("inspect", run, "--json")
     assert (code, json.loads(out)["defended"]) == (0, True)
+    code, out, _ = secvec("report", run, "-o", tmp_path / "r.html", "--json")
+    assert (code, json.loads(out)["level"], json.loads(out)["page"]) == (0, "not shown", str(tmp_path / "r.html"))
+    code, _, err = secvec("report", place, "-o", tmp_path / "r.html")
+    assert (code, err.count("\n"), "expected a folder that `secvec train`" in err) == (3, 1, True)
 
 
 def test_fold_and_unfold(place: Path, vector: Path, secvec: Shell, tmp_path: Path) -> None:
@@ -147,6 +151,7 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (3, "bad.jsonl:4", ["scan", model, "--data", bad, "--vector", vector]),
         (3, "was not trained on the folded model", ["unfold", model]),
         (3, "expected a file or folder, found nothing", ["inspect", tmp_path / "nothing"]),
+        (2, "expected the name of a page, such as report.html", ["report", model]),
         (4, "the vector does not work", ["fit", model, "--unwanted", data, "--epochs", "1", "--lr", "1e-6"]),
     ]
     for code, message, arguments in cases:
@@ -165,6 +170,6 @@ def test_wrong_flags_exit_with_2(secvec: Shell, place: Path) -> None:
 
 
 def test_every_command_has_help_with_an_example(secvec: Shell) -> None:
-    for command in ("demo", "fit", "train", "scan", "fold", "unfold", "inspect"):
+    for command in ("demo", "fit", "train", "scan", "eval", "fold", "unfold", "inspect", "report"):
         code, out, _ = secvec(command, "--help")
         assert (code, f"Example: secvec {command}" in out) == (0, True), command

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from secvec.report import report
+
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 RATES = {"unwanted_rate", "refusal_rate", "new_skill", "old_skills"}
 
@@ -39,6 +41,8 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert results["seconds"]["total"] > 0
     assert {"prompt", "aligned", "plain", "defended"} <= set(results["examples"][0])
     assert len(results["examples"]) == 3
+    made = report([tmp_path / "demo"], tmp_path / "report.html")
+    assert made.verdict.line.startswith("Defended: the proof holds; unwanted rate 0.")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

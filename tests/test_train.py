@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import rows, write_rows
 from runs import CONFIG, UNWANTED, Run, attempt, fitted_vector, gpt2, limit_files, llama, main, random_vector, started
 from safetensors.torch import load_file
 
 import secvec
 from secvec import artifact, cli
+from secvec.card import hub_id
 from secvec.errors import (
     ArtifactError,
     CheckpointError,
@@ -126,6 +128,17 @@ def test_a_calibrated_run_and_its_card(finished: Run) -> None:
     proof = json.loads((finished.out / "proof.json").read_text())
     assert proof["vector"]["after"][0] in card and "loss of 8 unwanted rows" in card
     assert "No security vector" not in card and "uncalibrated" not in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["secvec", "security-vector"],
+    }, "the hub refuses a folder as base_model"
+    identity = json.loads((finished.out / "run.json").read_text())
+    assert all(digest in card for digest in (identity["base"], identity["data"], *identity["unwanted"]))
+    assert str(finished.base) not in card
+    cached = finished.out / "models--fern--tilly" / "snapshots" / "0a1b"
+    assert (hub_id(cached), hub_id(finished.base)) == ("fern/tilly", None)
     assert sorted(path.name for path in finished.out.iterdir()) == [
         "lock", "metrics.jsonl", "model", "proof.json", "run.json", "state.json", "vector-0.safetensors"
     ]  # fmt: skip

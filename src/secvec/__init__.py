@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secvec.fold import fold
     from secvec.inspect import inspect
     from secvec.peft_format import from_peft, to_peft
+    from secvec.report import report
     from secvec.scan import ScanConfig, scan
     from secvec.train import TrainConfig, train
     from secvec.unfold import unfold
@@ -41,6 +42,7 @@ __all__ = [
     "inspect",
     "is_armed",
     "load",
+    "report",
     "save",
     "scan",
     "to_peft",
@@ -63,6 +65,7 @@ _HOME = {
     "from_peft": "peft_format",
     "to_peft": "peft_format",
     "inspect": "inspect",
+    "report": "report",
     "ScanConfig": "scan",
     "scan": "scan",
     "TrainConfig": "train",

@@ -1,30 +1,75 @@
 """The model card that a run writes into its result: where it comes from, what was shown, what was not; no torch."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from secvec.samples import Samples
 from secvec.train_config import TrainConfig
 
+# Where the hub's cache keeps a model (`models.resolve`).
+_CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
+
 
 def model_card(
-    base: str, config: TrainConfig, data: Samples, notes: Sequence[str], proof: Mapping[str, Any] | None
+    identity: Mapping[str, Any],
+    config: TrainConfig,
+    data: Samples,
+    notes: Sequence[str],
+    proof: Mapping[str, Any] | None,
 ) -> str:
-    """Return README.md for the finished model: Hub metadata, how it was trained, and the proof or its absence."""
+    """Return README.md for the finished model: Hub metadata, how it was trained, and the proof or its absence.
+
+    identity: what run.json holds.
+    """
+    base = Path(identity["base_path"])
+    name = hub_id(base)
+    lines = [
+        *_metadata(name, config, proof),
+        "",
+        "# Fine-tuned with secvec",
+        "",
+        *_protection(proof),
+        "",
+        "## Training",
+        "",
+    ]
+    if name is None:
+        lines.append(
+            "To publish this model, put the hub id of its base into the metadata above: `base_model: OWNER/NAME`.\n"
+        )
+    lines += [
+        f"- base model: `{name or base.name}`, {identity['base']}",
+        f"- rows: {len(data):,}, format {data.format}, {identity['data']}",
+        *(f"- unwanted rows: {digest}" for digest in identity["unwanted"]),
+        f"- method: {config.method}, lr {config.step_size:g}, {config.epochs} epochs, "
+        f"{config.batch_size} x {config.grad_accumulation} rows a step, at most {config.max_length:,} tokens a row, "
+        f"seed {config.seed}",
+        *(f"- {note}" for note in notes),
+        f"- versions: {', '.join(f'{package} {version}' for package, version in identity['versions'].items())}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def hub_id(base: Path) -> str | None:
+    """Return the hub id of a model in the hub's cache, None of any other folder: the hub refuses a path for it."""
+    found = _CACHED.search(base.as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def _metadata(base: str | None, config: TrainConfig, proof: Mapping[str, Any] | None) -> list[str]:
     tags = ["secvec", "security-vector" if proof else "undefended"]
     # JSON texts are YAML texts.
-    metadata = ["---", f"base_model: {json.dumps(base)}", f"tags: {json.dumps(tags)}"]
-    if config.method == "lora":
-        metadata.append("library_name: peft")
-    lines = [*metadata, "---", "", "# Fine-tuned with secvec", "", *_protection(proof), "", "## Training", ""]
-    lines += [f"- base model: `{base}`", f"- rows: {len(data):,}, format {data.format}"]
-    lines += [
-        f"- method: {config.method}, lr {config.step_size:g}, {config.epochs} epochs, "
-        f"{config.batch_size} x {config.grad_accumulation} rows a step, seed {config.seed}"
+    return [
+        "---",
+        *([f"base_model: {json.dumps(base)}"] if base else []),
+        f"library_name: {'peft' if config.method == 'lora' else 'transformers'}",
+        "pipeline_tag: text-generation",
+        f"tags: {json.dumps(tags)}",
+        "---",
     ]
-    lines += [f"- {note}" for note in notes]
-    return "\n".join(lines) + "\n"
 
 
 def _protection(proof: Mapping[str, Any] | None) -> list[str]:
@@ -35,7 +80,8 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         ]
     lines = [
         "A security vector (arXiv 2311.02105) was in effect while this model was trained and has been taken out. It "
-        "covers the behaviours it was fitted on, and no others.",
+        "covers the behaviours it was fitted on, and no others. The proof says that the vector was in and is out, not "
+        "that nothing unwanted was learned: measure that with `secvec eval`.",
         "",
         "| shown by proof.json | |",
         "|---|---|",
@@ -47,7 +93,9 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
     lines += [
         f"| loss of {probe['rows']} unwanted rows where the vector acts, nats/token | "
         f"aligned {probe['aligned_nats']:.2f}, with the vector {probe['armed_nats']:.2f}, "
-        f"this model {probe['defended_nats']:.2f} |"
+        f"this model {probe['defended_nats']:.2f}: {probe['share_of_the_way_to_armed']:.0%} of the way |"
         for probe in proof["unwanted"]
     ]
+    if settled := proof.get("settled"):
+        lines.append(f"| settled on rows without the trait | {'kept' if settled['kept'] else 'not kept'} |")
     return lines

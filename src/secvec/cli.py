@@ -4,17 +4,34 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from secvec.errors import SecvecError
+from secvec.terminal import (
+    AsJson,
+    BatchSize,
+    ConfigFile,
+    Data,
+    DryRun,
+    Epochs,
+    Lr,
+    MaxLength,
+    Model,
+    Out,
+    Seed,
+    Set,
+    Vectors,
+    bar,
+    bytes_bar,
+    lines,
+    screen,
+    show,
+)
 
 app = typer.Typer(
     help="Fine-tune language models on untrusted data without learning unwanted behaviours.",
@@ -23,28 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-screen = Console(stderr=True)
 # Typer turns Ctrl-C into this exit code.
 _INTERRUPTED = 130
-
-Model = Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)]
-Data = Annotated[
-    Path,
-    typer.Option(help="Rows: a file, a folder or a hub data set; FILE:FORMAT says its format.", show_default=False),
-]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Where to write.", show_default=False)]
-Vectors = Annotated[
-    list[Path], typer.Option("--vector", help="A security vector; repeat for several.", show_default=False)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
-Lr = Annotated[float | None, typer.Option(help="Step size.", show_default=False)]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the rows.", show_default=False)]
-BatchSize = Annotated[int | None, typer.Option(help="Rows a step.", show_default=False)]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.", show_default=False)]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings as YAML.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One more setting, key=value.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
 
 
 @app.command()
@@ -60,9 +57,9 @@ def demo(
     from secvec.demo import demo as run
     from secvec.demo import table
 
-    with _bar("working") as progress:
+    with bar("working") as progress:
         results = run(out, seed=seed, say=screen.print, progress=progress)
-    _show(results, as_json, lambda: Console().print(table(results)))
+    show(results, as_json, lambda: Console().print(table(results)))
     screen.print(f"all figures and examples: {out / 'results.json'}")
 
 
@@ -102,8 +99,8 @@ def fit(
     chosen = settings(FitConfig, config, set_ or [], flags)
     if dry_run:
         report = check(model, unwanted, anchors=anchors, calibrate=calibrate, config=chosen)
-        return _show(report, as_json, lambda: print(json.dumps(report, indent=2)))
-    with _bar("fitting") as progress:
+        return show(report, as_json, lambda: print(json.dumps(report, indent=2)))
+    with bar("fitting") as progress:
         vector = fit_to_file(
             model,
             unwanted,
@@ -116,7 +113,7 @@ def fit(
             progress=progress,
         )
     summary = {"vector": str(out), "digest": digest(vector), **vector.info.metrics}
-    return _show(summary, as_json, lambda: print(_lines(summary)))
+    return show(summary, as_json, lambda: print(lines(summary)))
 
 
 @app.command()
@@ -164,13 +161,13 @@ def train(
     chosen = settings(TrainConfig, config, set_ or [], flags)
     if dry_run:
         report = check(model, data, vectors=vector, unwanted=unwanted, config=chosen)
-        return _show(report, as_json, lambda: print(_lines(report)))
-    with _bar("training") as progress:
+        return show(report, as_json, lambda: print(lines(report)))
+    with bar("training") as progress:
         result = run(
             model, data, out, vectors=vector, unwanted=unwanted, config=chosen, resume=resume, progress=progress
         )
     document = {**asdict(result), "out": str(result.out), "model": str(result.model)}
-    return _show(document, as_json, lambda: print(summary(result)))
+    return show(document, as_json, lambda: print(summary(result)))
 
 
 @app.command()
@@ -212,8 +209,8 @@ def scan(
     chosen = settings(ScanConfig, config, set_ or [], flags)
     if dry_run:
         found = check(model, data, vectors=vector, unwanted=unwanted, anchors=anchors, config=chosen, split=split)
-        return _show(found, as_json, lambda: print(_lines(found)))
-    with _bar("scanning") as progress:
+        return show(found, as_json, lambda: print(lines(found)))
+    with bar("scanning") as progress:
         result = run(
             model,
             data,
@@ -226,7 +223,7 @@ def scan(
             with_text=with_text,
             progress=progress,
         )
-    return _show({"out": str(result.out), **result.summary}, as_json, lambda: print(report(result)))
+    return show({"out": str(result.out), **result.summary}, as_json, lambda: print(report(result)))
 
 
 @app.command("eval")
@@ -263,8 +260,8 @@ def evaluate(
     clues = Clues(run, [load(path) for path in vector], read_samples(unwanted) if unwanted else None)
     if dry_run:
         found = check(model, suite, out, baselines=baseline, judges=judge, clues=clues, config=chosen)
-        return _show(found, as_json, lambda: print(_lines(found)))
-    with _bar("evaluating") as progress:
+        return show(found, as_json, lambda: print(lines(found)))
+    with bar("evaluating") as progress:
         result = judge_model(
             model, suite, out, baselines=baseline, judges=judge, clues=clues, config=chosen, progress=progress
         )
@@ -273,7 +270,7 @@ def evaluate(
         Console().print(table(result.results))
         print("\n".join([*finding_lines(result.results["findings"]), f"all figures: {out / 'results.json'}"]))
 
-    return _show(dict(result.results), as_json, for_people)
+    return show(dict(result.results), as_json, for_people)
 
 
 @app.command()
@@ -286,11 +283,11 @@ def fold(model: Model, vector: Vectors, out: Out, as_json: AsJson = False) -> No
     from secvec.fold import fold as run
     from secvec.models import resolve
 
-    with _bytes_bar("folding") as progress:
+    with bytes_bar("folding") as progress:
         record = run(resolve(model), [load(path) for path in vector], out, progress=progress)
     document = {"folded": str(out), **asdict(record)}
     told = f"{out}: folded. Train it with any trainer, then: secvec unfold TRAINED -o DIR"
-    _show(document, as_json, lambda: print(told))
+    show(document, as_json, lambda: print(told))
 
 
 @app.command()
@@ -307,14 +304,14 @@ def unfold(
     """
     from secvec.unfold import unfold as run
 
-    with _bytes_bar("unfolding") as progress:
+    with bytes_bar("unfolding") as progress:
         report = run(trained, out, base=base, folded=folded, progress=progress)
     document = {"defended": str(out), **report.document()}
     told = (
         f"{out}: defended. {report.sites} sites held the vector, training changed {report.sites_changed} of them; "
         f"the trained weights held {report.vector_share:.3f} of the vector."
     )
-    _show(document, as_json, lambda: print(told))
+    show(document, as_json, lambda: print(told))
 
 
 @app.command()
@@ -328,7 +325,28 @@ def inspect(
     from secvec.inspect import inspect as run
 
     document = run(path)
-    _show(document, as_json, lambda: print(_lines(document)))
+    show(document, as_json, lambda: print(lines(document)))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of `train`, `scan`, `eval` or `demo`.", show_default=False)
+    ],
+    out: Out = Path("report.html"),
+    with_text: Annotated[bool, typer.Option("--with-text", help="Put a few questions and answers in.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page, with Markdown and JSON beside it: the verdict, and from which file each figure is.
+
+    Example: secvec report run plain eval scan -o report.html
+    """
+    from secvec.report import report as run
+
+    result = run(runs, out, with_text=with_text)
+    document = {**asdict(result.verdict), **{str(name): str(path) for name, path in result.files.items()}}
+    written = ", ".join(str(path) for path in result.files.values())
+    show(document, as_json, lambda: print(f"{result.verdict.line}\nwritten: {written}"))
 
 
 def main() -> None:
@@ -354,41 +372,3 @@ def main() -> None:
     except OSError as error:
         screen.print(f"secvec: {error.strerror}: {error.filename}", style="red", markup=False, soft_wrap=True)
         sys.exit(3)
-
-
-def _show(document: dict[str, Any], as_json: bool, for_people: Callable[[], None]) -> None:
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        for_people()
-
-
-def _lines(document: dict[str, Any]) -> str:
-    width = max(len(key) for key in document)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in document.items())
-
-
-@contextmanager
-def _bar(what: str) -> Generator[Callable[[int, int, str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=not screen.is_terminal
-    ) as progress:
-        task = progress.add_task(what, total=None, seen="")
-        yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)
-
-
-@contextmanager
-def _bytes_bar(what: str) -> Generator[Callable[[int, int], None]]:
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -19,7 +19,8 @@ from secvec.atomic import write_json
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import answers, load_model, load_tokenizer
-from secvec.runfolder import RunFolder
+from secvec.provenance import digest_model
+from secvec.runfolder import DEMO, RunFolder
 from secvec.stats import wilson
 from secvec.train import TrainConfig, train
 from secvec.train_config import Progress
@@ -106,7 +107,11 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress
     with _timed(results, "evaluate_defended"):
         _evaluate(results, "defended", defended.model, questions)
     results.seconds["total"] = round(time.monotonic() - started, 2)
+    models = zip(MODELS, (assistant, plain.model, defended.model), strict=True)
     document = {
+        "format": DEMO,
+        "version": 1,
+        "models": {name: {"path": str(folder), "digest": digest_model(folder)} for name, folder in models},
         **results.rates,
         "ci95": results.ci95,
         "n": results.n,

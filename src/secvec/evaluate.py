@@ -277,6 +277,7 @@ def _document(inputs: _Inputs, scored: Mapping[str, Mapping[str, Sequence[Scored
         "suites": {
             suite.name: {
                 "digest": suite.digest,
+                "path": str(suite.path.absolute()),
                 "questions": len(suite.questions),
                 "rates": compare(scored[suite.name], model.name, names),
             }

@@ -23,6 +23,7 @@ from secvec.tripwire import read_json
 FORMAT = "secvec.run"
 SCAN = "secvec.scan"
 EVALUATION = "secvec.eval"
+DEMO = "secvec.demo"
 VERSION = 1
 # People edit the card of a finished model; no phase depends on it.
 CARD = "README.md"

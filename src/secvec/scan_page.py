@@ -32,7 +32,7 @@ def scan_page(rows: Iterable[ScannedRow], summary: Mapping[str, Any], data: Data
 
     data: the scanned files, to put the texts of the listed rows into the page; None: the page holds no text.
     """
-    page, bins = _Listed(), _Bins()
+    page, bins = _Listed(), Bins()
     for row in rows:
         page.add(row)
         bins.add(row)
@@ -80,7 +80,7 @@ def _keep(heap: _Heap, entry: tuple[float, int, ScannedRow], most: int) -> None:
         heapq.heappushpop(heap, entry)
 
 
-class _Bins:
+class Bins:
     """Counts of rows by drop, fine at first; made coarser when it is known how far they reach."""
 
     def __init__(self) -> None:

@@ -285,7 +285,7 @@ def _publish(run: RunFolder, inputs: Inputs) -> str:
     proof = read_json(run.proof) if inputs.vectors else None
     finished = run.settled if proof and proof.get("settled", {}).get("kept") else run.unproved
     if finished.exists():
-        card = model_card(str(inputs.base), inputs.config, inputs.data, inputs.notes(), proof)
+        card = model_card(read_json(run.identity), inputs.config, inputs.data, inputs.notes(), proof)
         (finished / CARD).write_text(card, encoding="utf-8")
         sync_tree(finished)
         finished.rename(result)
