@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,9 +50,8 @@ def trainer(base: Path, out: Path, model: nn.Module, *callbacks: TrainerCallback
         dataloader_pin_memory=False,
         **settings,
     )
-    return Trainer(
-        model, args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, callbacks=[*callbacks]
-    )  # pyright: ignore
+    given = cast(Any, data)
+    return Trainer(model, args, None, given, given, tokenizer, callbacks=[*callbacks])
 
 
 class AtStep(TrainerCallback):
