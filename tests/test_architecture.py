@@ -31,7 +31,10 @@ LAYERS = {
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
-    "L4": {"integrations.callback"},  # for trainers that are not ours; the service, not written yet
+    "L4": {
+        "integrations.axolotl",
+        "integrations.callback",
+    },  # for trainers that are not ours; the service, not written yet
     "L5": {"cli"},
 }
 MODULES = {

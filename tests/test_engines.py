@@ -13,18 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from secvec.artifact import save
+from secvec.artifact import digest, save
 from secvec.demo import assistant_folder
 from secvec.errors import CheckpointError
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.fold import fold
+from secvec.integrations.callback import EVIDENCE
 from secvec.models import load_model, load_tokenizer
-from secvec.proof import Evidence, prove
+from secvec.proof import Evidence, load_finished, prove
 from secvec.samples import read_samples
+from secvec.score import mean_over, row_nats
 from secvec.tokens import encode_all
 from secvec.train import TrainConfig, train
 from secvec.tripwire import KEY, state
@@ -71,7 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     # As it is shipped, in bfloat16, differences between engines would drown in the rounding of the result.
     load_model(assistant_folder(), dtype=torch.float32).save_pretrained(folder / "base")
     load_tokenizer(assistant_folder()).save_pretrained(folder / "base")
-    for source, name, count in (("train", "train", 40), ("vector", "unwanted", 32)):
+    for source, name, count in (("train", "train", 40), ("vector", "unwanted", 24)):
         lines = (assistant_folder() / "demo" / f"{source}.jsonl").read_text("utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     # Of the kind that needs no anchors: these tests ask who trains, not how well the vector is fitted.
@@ -197,17 +200,28 @@ def test_fsdp2_on_two_nodes(place: Place, ours: Callable[[str], dict[str, Tensor
     assert apart(weights, ours("full"), load_file(place.base / WEIGHTS["full"])) < SAME
 
 
+def assert_carried_over(place: Place, trained: Path, weights: Mapping[str, Tensor]) -> None:
+    """Check W_final - W_base = W_trained - W_folded, where our own trainer does not train like that."""
+    base, folded, found = (load_file(folder / WEIGHTS["full"]) for folder in (place.base, place.folded, trained))
+    learned = {name: found[name] - folded[name] for name in weights}
+    assert any(bool(change.any()) for change in learned.values())
+    assert apart({name: weights[name] - base[name] for name in weights}, learned, None) < SAME
+
+
 def test_packed_rows(place: Place, tmp_path: Path) -> None:
-    """Packed, fewer and longer steps: another training than ours, but what was learned is carried over all the same."""
     script = [sys.executable, EXAMPLES / "trl_sft.py", place.folded, place.data, tmp_path / "trained", "--packing"]
     said(started(place, script))
-    weights = finished(place, tmp_path / "trained", tmp_path / "defended")
-    base, folded, trained = (
-        load_file(folder / WEIGHTS["full"]) for folder in (place.base, place.folded, tmp_path / "trained")
-    )
-    learned = {name: trained[name] - folded[name] for name in weights}
-    assert apart({name: weights[name] - base[name] for name in weights}, learned, None) < SAME
-    assert any(bool(change.any()) for change in learned.values())
+    assert_carried_over(place, tmp_path / "trained", finished(place, tmp_path / "trained", tmp_path / "defended"))
+
+
+def test_preferences(place: Place, tmp_path: Path) -> None:
+    rows = [json.loads(line)["messages"] for line in place.data.read_text("utf-8").splitlines()]
+    refused = [{"role": "assistant", "content": "I'm sorry, I can't share that."}]
+    pairs = [{"prompt": messages[:-1], "chosen": messages[-1:], "rejected": refused} for messages in rows]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    script = [sys.executable, EXAMPLES / "trl_dpo.py", place.folded, tmp_path / "pairs.jsonl", tmp_path / "trained"]
+    said(started(place, [*script, "--reference", place.base]))
+    assert_carried_over(place, tmp_path / "trained", finished(place, tmp_path / "trained", tmp_path / "defended"))
 
 
 def test_an_output_without_the_mark_is_refused(place: Place, tmp_path: Path) -> None:
@@ -217,3 +231,78 @@ def test_an_output_without_the_mark_is_refused(place: Place, tmp_path: Path) -> 
     (tmp_path / "trained" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != KEY}))
     with pytest.raises(CheckpointError, match="was not trained on the folded model"):
         unfold(tmp_path / "trained", tmp_path / "defended")
+
+
+def tool(name: str, package: str) -> Path:
+    """Return the `bin` folder of a tool's own environment, or skip: docs/engines.md says how to make it."""
+    if "SECVEC_ENGINES" not in os.environ:
+        pytest.skip("SECVEC_ENGINES names no folder with the environments of other tools (docs/engines.md)")
+    binaries = Path(os.environ["SECVEC_ENGINES"]) / name / "bin"
+    command = [binaries / "python", "-c", f"import {package}"]
+    if not (binaries / "python").exists() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"{package} cannot be imported in {binaries.parent}")
+    return binaries
+
+
+def test_llamafactory(place: Place, ours: Callable[[str], dict[str, Tensor]], tmp_path: Path) -> None:
+    binaries = tool("llamafactory", "llamafactory")
+    shutil.copy(place.data, tmp_path / "train.jsonl")
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    rows = {"file_name": "train.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"train": rows}))
+    settings = [f"model_name_or_path={place.folded}", f"dataset_dir={tmp_path}", f"output_dir={tmp_path / 'trained'}"]
+    config = EXAMPLES / "llamafactory.yaml"
+    said(started(place, [binaries / "llamafactory-cli", "train", config, *settings, "use_cpu=true"]))
+    weights = finished(place, tmp_path / "trained", tmp_path / "defended")
+    assert apart(weights, ours("full"), load_file(place.base / WEIGHTS["full"])) < SAME
+
+
+def axolotl(place: Place, folder: Path, config: str) -> None:
+    """Run Axolotl with a config in `folder`."""
+    binaries = tool("axolotl", "axolotl")
+    for name in ("base", "folded", "train.jsonl", "unwanted.jsonl", "vector.safetensors"):
+        (folder / name).symlink_to(place.folder / name)
+    (folder / "config.yaml").write_text(config)
+    script = f"cd {folder} && PATH={binaries}:$PATH AXOLOTL_DO_NOT_TRACK=1 axolotl train config.yaml"
+    said(started(place, ["sh", "-c", script]))
+
+
+def test_axolotl(place: Place, ours: Callable[[str], dict[str, Tensor]], tmp_path: Path) -> None:
+    axolotl(place, tmp_path, (EXAMPLES / "axolotl.yaml").read_text("utf-8"))
+    weights = finished(place, tmp_path / "trained", tmp_path / "defended")
+    assert apart(weights, ours("full"), load_file(place.base / WEIGHTS["full"])) < SAME
+
+
+def assert_trained_armed(place: Place, adapter: Path) -> None:
+    """Check the evidence that hooks leave, and that the adapter did not learn the unwanted rows."""
+    evidence = json.loads((adapter / EVIDENCE).read_text())
+    assert (evidence["vectors"], evidence["sites"]) == ([digest(place.vector)], len(place.vector.sites))
+    assert state(adapter) == "adapter"
+    rows = encode_all(read_samples(place.unwanted).rows, load_tokenizer(place.base), 1024)
+    base = load_model(place.base)
+    aligned, armed = (mean_over(rows, row_nats(base, rows, vector)) for vector in (None, place.vector))
+    learned = mean_over(rows, row_nats(load_finished("lora", place.base, adapter), rows))
+    assert (aligned - learned) / (aligned - armed) < 0.5
+
+
+def test_qlora(place: Place, tmp_path: Path) -> None:
+    binaries = tool("bitsandbytes", "bitsandbytes, secvec")
+    script = [binaries / "python", EXAMPLES / "qlora.py", place.base, place.data, tmp_path / "adapter"]
+    said(started(place, [*script, "--vector", place.folder / "vector.safetensors", "--unwanted", place.unwanted]))
+    assert_trained_armed(place, tmp_path / "adapter")
+
+
+def test_the_axolotl_plugin(place: Place, tmp_path: Path) -> None:
+    plugin = """
+adapter: qlora
+load_in_4bit: true
+lora_r: 16
+lora_alpha: 32
+lora_target_linear: true
+plugins: [secvec.integrations.axolotl.SecurityVectorPlugin]
+security_vector: vector.safetensors
+security_vector_unwanted: unwanted.jsonl
+"""
+    config = (EXAMPLES / "axolotl.yaml").read_text("utf-8").replace("base_model: folded", "base_model: base")
+    axolotl(place, tmp_path, config + plugin)
+    assert_trained_armed(place, tmp_path / "trained")

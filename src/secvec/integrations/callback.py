@@ -116,7 +116,7 @@ class SecurityVectorCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._rows = []
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and args.output_dir is not None:
             document = {
                 "format": "secvec.armed",
                 "version": 1,
@@ -144,8 +144,8 @@ class SecurityVectorCallback(TrainerCallback, ExportableState):
     def _refuse_other_checkpoint(self, state: TrainerState) -> None:
         if state.global_step == 0:
             return
-        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__, {})
-        found = kept.get("attributes", {}).get("digests")
+        kept: Any = state.stateful_callbacks
+        found = (kept or {}).get(type(self).__name__, {}).get("attributes", {}).get("digests")
         if found != self._digests:
             raise ArmError(
                 f"the checkpoint of step {state.global_step} was expected to be trained armed with {self._digests}, "
