@@ -106,6 +106,12 @@ def test_the_package_imports_nothing_of_the_folders_around_it() -> None:
     assert [m for m, path in MODULES.items() if around.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_nothing_imports_axolotl_or_the_plugin_for_it() -> None:
+    named = re.compile(r"^\s*(from|import) (axolotl|secvec\.integrations)\b", re.MULTILINE)
+    found = [m for m, path in MODULES.items() if named.search(path.read_text(encoding="utf-8"))]
+    assert found == ["integrations.axolotl"]
+
+
 def test_only_arm_touches_hooks() -> None:
     touch = re.compile(r"register_\w*hook|_(forward|backward)\w*_hooks")
     assert [m for m, path in MODULES.items() if touch.search(path.read_text(encoding="utf-8"))] == ["arm"]
