@@ -117,8 +117,10 @@ def test_disarming_or_compiling_while_training_is_refused(
 ) -> None:
     model = load_model(base)
     run = trainer(base, tmp_path, model, SecurityVectorCallback([vector], UNWANTED), AtStep(do))
+    (tmp_path / EVIDENCE).write_text("of an earlier run")
     with arming(model, vector), pytest.raises(ArmError, match="step 3: 14 of 14 sites did not run their vector"):
         run.train()
+    assert not (tmp_path / EVIDENCE).exists()
 
 
 def test_the_trainer_s_own_compiling_is_refused(base: Path, vector: SecurityVector, tmp_path: Path) -> None:

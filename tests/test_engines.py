@@ -78,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         lines = (assistant_folder() / "demo" / f"{source}.jsonl").read_text("utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     # Of the kind that needs no anchors: these tests ask who trains, not how well the vector is fitted.
-    config = FitConfig(rank=4, epochs=10, lr=2e-2, kl_weight=0.1, representation_weight=0.0)
+    config = FitConfig(rank=4, epochs=4, batch_size=4, lr=3e-2, kl_weight=0.1, representation_weight=0.0)
     vector = fit(folder / "base", folder / "unwanted.jsonl", kind="trait", config=config)
     save(vector, folder / "vector.safetensors")
     fold(folder / "base", [vector], folder / "folded")

@@ -66,6 +66,9 @@ class SecurityVectorCallback(TrainerCallback, ExportableState):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
+        # What an earlier run left must not speak for one that is refused or stopped.
+        if args.output_dir is not None and state.is_world_process_zero:
+            (Path(args.output_dir) / EVIDENCE).unlink(missing_ok=True)
         if model is None or processing_class is None:
             raise InputError(
                 "expected the trainer's processing_class: pass the tokenizer, Trainer(processing_class=...)"
