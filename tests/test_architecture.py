@@ -34,10 +34,15 @@ LAYERS = {
         *("drift", "train_inputs"),
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
-    "L4": set[str](),  # integrations and the service, not written yet
+    "L4": {"integrations.axolotl", "integrations.callback"},  # for trainers that are not ours
     "L5": {"cli", "terminal"},
 }
-MODULES = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for pattern in ("*.py", "integrations/*.py")
+    for path in PACKAGE.glob(pattern)
+    if not path.stem.startswith("__")
+}
 RANK = {module: number for number, names in enumerate(LAYERS.values()) for module in names}
 
 MAX_LINES = 400
@@ -57,7 +62,8 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             start = ".".join(part for part in ("secvec" if node.level else "", node.module or "") if part)
             dotted += [f"{start}.{alias.name}" for alias in node.names]
-    return {name.split(".")[1] for name in dotted if name.startswith("secvec.")} & set(MODULES)
+    parts = [name.split(".") for name in dotted if name.startswith("secvec.")]
+    return {".".join(part[1:depth]) for part in parts for depth in (2, 3)} & set(MODULES)
 
 
 def private_names_of(path: Path) -> set[str]:
@@ -98,6 +104,12 @@ def test_modules_import_nothing_private_of_each_other() -> None:
 def test_the_package_imports_nothing_of_the_folders_around_it() -> None:
     around = re.compile(r"^\s*(from|import) (benchmarks|tests|attacks)\b", re.MULTILINE)
     assert [m for m, path in MODULES.items() if around.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_nothing_imports_axolotl_or_the_plugin_for_it() -> None:
+    named = re.compile(r"^\s*(from|import) (axolotl|secvec\.integrations)\b", re.MULTILINE)
+    found = [m for m, path in MODULES.items() if named.search(path.read_text(encoding="utf-8"))]
+    assert found == ["integrations.axolotl"]
 
 
 def test_only_arm_touches_hooks() -> None:

@@ -58,5 +58,5 @@ def test_the_tables_are_those_of_the_results() -> None:
 
 def test_every_module_is_in_the_tree() -> None:
     text = README.read_text(encoding="utf-8")
-    modules = [path.name for path in (README.parent / "src/secvec").glob("[!_]*.py")]
+    modules = [path.name for path in (README.parent / "src/secvec").rglob("[!_]*.py")]
     assert [name for name in modules if name not in text] == []

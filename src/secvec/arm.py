@@ -28,7 +28,7 @@ class _Arming:
     def __init__(self, site: str, terms: Sequence[tuple[Factors, float]]) -> None:
         self.site = site
         self.fired = 0  # calls since arming; 1 for any number of calls in a compiled graph
-        self._terms = terms
+        self.terms = terms
         self._cast: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor, float]]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -42,13 +42,13 @@ class _Arming:
 
     def _terms_for(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, float]]:
         # While fitting, the factors change every step, so a kept copy would go stale; a graph keeps its own.
-        if torch.compiler.is_compiling() or any(factors.a.requires_grad for factors, _ in self._terms):
-            return [(f.a.to(device, dtype), f.b.to(device, dtype), scale) for f, scale in self._terms]
+        if torch.compiler.is_compiling() or any(factors.a.requires_grad for factors, _ in self.terms):
+            return [(f.a.to(device, dtype), f.b.to(device, dtype), scale) for f, scale in self.terms]
         key = (device, dtype)
         if key not in self._cast:
             # Tensors born in inference mode could not be used in training afterwards.
             with torch.inference_mode(False):
-                self._cast[key] = [(f.a.to(*key), f.b.to(*key), scale) for f, scale in self._terms]
+                self._cast[key] = [(f.a.to(*key), f.b.to(*key), scale) for f, scale in self.terms]
         return self._cast[key]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -93,12 +93,27 @@ def arm(model: nn.Module, *vectors: SecurityVector) -> None:
     _refuse_twice(vectors)
     _refuse_armed(model)
     _refuse_compiled(model)
-    terms: dict[str, list[tuple[Factors, float]]] = {}
-    for vector in vectors:
-        for site, factors in vector.factors.items():
-            terms.setdefault(site, []).append((Factors(factors.a.detach(), factors.b.detach()), vector.scale))
-    _attach(site_modules(model, vectors), terms)
+    _attach(site_modules(model, vectors), _terms(vectors))
     torch.compiler.reset()
+
+
+def check_armed(model: nn.Module, *vectors: SecurityVector) -> None:
+    """Raise ArmError unless `vectors`, and no others, are in effect in `model`, at every site and with every value."""
+    found = {arming.site: arming.terms for arming in _armings(model)}
+    if not found:
+        raise ArmError(f"expected an armed model, found no armed site in {type(model).__name__}")
+    expected = _terms(vectors)
+    wrong = sorted(s for s in found | expected if not _same_terms(found.get(s, ()), expected.get(s, ())))
+    if wrong:
+        raise ArmError(
+            f"expected other vectors in effect, found another change at {len(wrong)} sites, first {wrong[0]}: "
+            "give the vectors that the model is armed with, in the same order"
+        )
+
+
+def fired(model: nn.Module) -> dict[str, int]:
+    """Return how often each armed site ran its vector since it was armed; 1 for any number in a compiled model."""
+    return {arming.site: arming.fired for arming in _armings(model)}
 
 
 def disarm(model: nn.Module) -> None:
@@ -170,6 +185,21 @@ def canary(model: nn.Module, batch: Mapping[str, Tensor]) -> Canary:
     if not change > 0.0:
         raise ArmError(f"canary: the vector acted at {len(fired)} sites but the logits did not change ({change!r})")
     return Canary(fired=fired, largest_change=change)
+
+
+def _terms(vectors: Sequence[SecurityVector]) -> dict[str, list[tuple[Factors, float]]]:
+    terms: dict[str, list[tuple[Factors, float]]] = {}
+    for vector in vectors:
+        for site, factors in vector.factors.items():
+            terms.setdefault(site, []).append((Factors(factors.a.detach(), factors.b.detach()), vector.scale))
+    return terms
+
+
+def _same_terms(found: Sequence[tuple[Factors, float]], expected: Sequence[tuple[Factors, float]]) -> bool:
+    return len(found) == len(expected) and all(
+        scale == other_scale and torch.equal(f.a, other.a) and torch.equal(f.b, other.b)
+        for (f, scale), (other, other_scale) in zip(found, expected, strict=True)
+    )
 
 
 def _attach(
