@@ -216,15 +216,17 @@ def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], p
     rows = settling_rows(
         lambda: load_model(inputs.base, dtype=torch.float32).to(device), inputs.rows, vectors, inputs.config
     )
-    source = run.unproved
+    source, used = run.unproved, list[int]()
     _fresh(run.settling)
     for number in range(ROUNDS if rows else 0):
         disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
         said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
         del disarmed
-        source = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
+        used.append(len(said))
+        if said:
+            source = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
     shutil.copytree(source, _fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": len(rows)}, 0o644)
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": used}, 0o644)
     sync_tree(run.settled)
     return digest_tree(run.settled)
 
