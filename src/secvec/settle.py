@@ -22,8 +22,6 @@ from secvec.tokens import Encoded, pad_id
 from secvec.train_config import TrainConfig
 from secvec.vector import SecurityVector
 
-ROUNDS = 2
-"""Of saying the rows anew and training on them: a model that has settled once says them better."""
 STEP_SIZE_SHARE = 0.5
 """Of the training's step size."""
 _LOOKS = 3
