@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
+from secvec.drift_record import drift_of
 from secvec.errors import CheckpointError, MissingExtraError
 from secvec.fit import Rows, refit
 from secvec.fold import fold
@@ -27,7 +28,7 @@ from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
-    from secvec.drift import ROWS, Watch, drift_of
+    from secvec.drift import ROWS, Watch
     from secvec.plain import finish_plain
     from secvec.probes import Probe
     from secvec.proof import Evidence, load_finished, proof_lines, prove
