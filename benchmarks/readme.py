@@ -1,7 +1,7 @@
 """Write the README's tables from the committed results: python -m benchmarks.readme [--check]
 
 benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`, and speed.json is from
-`python -m benchmarks.speed --json`.
+`python -m benchmarks.speed --json`; protection/runs.jsonl is from `python -m benchmarks.protection run`.
 """
 
 import json
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from benchmarks.protection.lines import read_lines
+from benchmarks.protection.summary import rivals, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -66,9 +69,21 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def protection_table() -> str:
+    """Return ours on every behaviour that it was run on."""
+    return summary(read_lines([RESULTS / "protection/runs.jsonl"]))
+
+
+def rivals_table() -> str:
+    """Return all methods on the behaviours that the rivals were run on."""
+    return rivals(read_lines([RESULTS / "protection/runs.jsonl"]), ("guarded", "facts"))
+
+
 def filled(text: str) -> str:
     """Return the README with its tables made anew."""
-    for mark, table in (("<!-- demo table", demo_table), ("<!-- speed table", speed_table)):
+    tables = {"demo": demo_table, "protection": protection_table, "rivals": rivals_table, "speed": speed_table}
+    for name, table in tables.items():
+        mark = f"<!-- {name} table"
         before, rest = text.split(mark, 1)
         comment, rest = rest.split("\n", 1)
         _, after = rest.split("<!-- end -->", 1)

@@ -20,8 +20,8 @@ LAYERS = {
         *("matching", "provenance", "record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows"),
         *("launch", "scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
         *("comparison", "endpoint", "judges", "ledger", "rules", "suites"),
-        *("charts", "report", "report_files", "report_inputs", "report_origin", "report_page"),
-        *("report_sections", "report_verdict"),
+        *("charts", "report", "report_curves", "report_files", "report_inputs", "report_origin"),
+        *("drift_record", "report_page", "report_sections", "report_verdict"),
     },
     "L1": {"escape", "exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from secvec.errors import CheckpointError
+from secvec.inspect import inspect
 from secvec.report import report
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -43,6 +45,19 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert len(results["examples"]) == 3
     made = report([tmp_path / "demo"], tmp_path / "report.html")
     assert made.verdict.line.startswith("Defended: the proof holds; unwanted rate 0.")
+    found = inspect(tmp_path / "demo")
+    assert found["is"] == "demo" and inspect(found["vector"])["is"] == "vector"
+    assert [inspect(run)["defended"] for run in found["runs"]] == [False, True]
+
+
+def test_a_demo_folder_is_known_by_its_results(tmp_path: Path) -> None:
+    results = json.loads((RESULTS / "demo-0.json").read_text()) | {"format": "secvec.demo"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = inspect(tmp_path)
+    assert (found["is"], found["seed"], found["defended"]) == ("demo", 0, results["defended"])
+    (tmp_path / "results.json").write_text(json.dumps(results)[:-9])
+    with pytest.raises(CheckpointError, match=r"results\.json: expected JSON, found"):
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -11,7 +11,8 @@ from models import rows
 from runs import CONFIG, UNWANTED, fitted_vector, llama
 from safetensors.torch import load_file
 
-from secvec.drift import BOUND, POINTS, Watch, drift_of
+from secvec.drift import POINTS, Watch
+from secvec.drift_record import BOUND, drift_of
 from secvec.errors import UsageError
 from secvec.fold import fold
 from secvec.models import load_model, load_tokenizer
@@ -61,6 +62,7 @@ def test_what_is_measured_is_what_is_left_when_the_vector_is_out(
     assert result.proof is not None and len(seen) == result.proof["drift"]["measurements"] >= POINTS
     [probe] = result.proof["unwanted"]
     assert seen[-1]["unwanted_disarmed_nats"] == pytest.approx(probe["defended_nats"], rel=1e-3)
+    assert seen[0]["unwanted_aligned_nats"] == pytest.approx(probe["aligned_nats"], rel=1e-3)
     assert seen[-1]["unwanted_armed_nats"] < probe["aligned_nats"] / 2
     assert result.proof["drift"]["largest_share"] == max(line["unwanted_share"] for line in seen) < BOUND
     assert "while training, without the vector, it went at most" in summary(result)

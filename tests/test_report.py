@@ -182,6 +182,10 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
         ("run", "run.json"): lambda text: text[:100],
         ("run", "state.json"): lambda text: text.replace('"phases"', '"faces"'),
         ("run", "metrics.jsonl"): lambda text: text + '{"step": ',
+        ("run", "metrics.jsonl "): lambda text: text.replace('"unwanted_share"', '"was"'),
+        ("run", "metrics.jsonl  "): lambda text: text.replace('"unwanted_share": ', '"unwanted_share": 1'),
+        ("run", "metrics.jsonl   "): lambda text: text.replace('"vector": 0', '"vector": 1'),
+        ("run", "metrics.jsonl    "): lambda text: text + '{"step": 48, "drift": "stop"}\n',
         ("plain", "metrics.jsonl"): lambda text: text.replace('"loss": ', '"loss": NaN, "was": '),
         ("eval", "results.json"): less,
         ("eval", "scores/plain/tell.jsonl"): lambda text: "\n".join(text.splitlines()[1:]),
@@ -206,6 +210,66 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
     with pytest.raises(MissingExtraError, match=r"jinja2 is not installed; run: pip install 'secvec\[report\]'"):
         report(given(place), tmp_path / "r.html")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def redone(run: Path, out: Path, metrics: Callable[[str], str], drift: Callable[[Any], Any]) -> Path:
+    """Copy a run as if its training had gone otherwise."""
+    shutil.copytree(run, out)
+    digest = digest_file(out / "proof.json")
+    proof = json.loads((out / "proof.json").read_text())
+    (out / "proof.json").write_text(json.dumps(proof | {"drift": drift(proof["drift"])}))
+    altered(out, "metrics.jsonl", metrics)
+    altered(out, "state.json", lambda text: text.replace(digest, digest_file(out / "proof.json")))
+    return out
+
+
+def test_the_unwanted_rows_are_drawn_armed_and_disarmed(place: Path, tmp_path: Path) -> None:
+    made = report(given(place), tmp_path / "r.html")
+    page, text = made.files["page"].read_text(), made.files["markdown"].read_text()
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [line for line in lines if "unwanted_share" in line]
+    assert len(seen) >= 10
+    for line in seen:
+        armed, disarmed = line["unwanted_armed_nats"], line["unwanted_disarmed_nats"]
+        assert f"| {line['step']} | {armed:.4f} | {disarmed:.4f} | {line['unwanted_share']:.1%} |" in text
+    ends = [f"{name} from {seen[0][key]:.3g} to {seen[-1][key]:.3g}" for name, key in (
+        ("armed, with the vectors in effect", "unwanted_armed_nats"), ("disarmed, without them",
+        "unwanted_disarmed_nats"), ("aligned, before training", "unwanted_aligned_nats"))]  # fmt: skip
+    assert f"nats/token by step: {'; '.join(ends)}</desc>" in page
+    assert f"{place / 'run'}: while training, without the vector, it went at most" in page
+    assert f"<h3>{place / 'run'}, vector 1: loss of its unwanted rows</h3>" in page
+    assert "trained plainly from" in page and 'class="cut"' not in page.split("Scan of the data</h2>")[0]
+
+
+@pytest.mark.parametrize(
+    ("action", "word", "done"), [("stop", "stopped", "was stopped"), ("slow", "slowed", "went on at a tenth")]
+)
+def test_where_training_was_stopped_or_slowed_is_marked(
+    place: Path, tmp_path: Path, action: str, word: str, done: str
+) -> None:
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    step = [line["step"] for line in lines if "unwanted_share" in line][-2]
+    run = redone(
+        place / "run",
+        tmp_path / action,
+        lambda text: text + json.dumps({"step": step, "drift": action}) + "\n",
+        lambda drift: drift | {"acted_at_step": step, "action": action},
+    )
+    page = report([run, *given(place)[1:]], tmp_path / "r.html").files["page"].read_text()
+    assert f">{word}</text>" in page and f"; {word} at {step}</desc>" in page
+    assert f">{step}, {word}</th>" in page and f"past 50% at step {step}, it {done}" in page
+
+
+def test_an_older_run_is_said_not_to_be_measured(place: Path, tmp_path: Path) -> None:
+    def without(text: str) -> str:
+        return "".join(line for line in text.splitlines(keepends=True) if "unwanted" not in line)
+
+    old = redone(place / "run", tmp_path / "old", without, lambda drift: None)
+    made = report([old, *given(place)[1:]], tmp_path / "r.html")
+    page = made.files["page"].read_text()
+    assert made.verdict == verdict(read_inputs(given(place)))
+    assert f"not measured: the unwanted rows&#39; loss, armed and disarmed, in {old}: train with" in page
+    assert "trained armed from" in page
 
 
 def test_a_model_that_is_not_the_one_proved_is_not_called_defended(place: Path, tmp_path: Path) -> None:

@@ -6,13 +6,17 @@ from runs import gpt2, llama
 from transformers import PreTrainedModel
 
 from secvec.models import load_model
-from secvec.rewrite import rewrite
+from secvec.rewrite import Said, rewrite
 from secvec.tokens import Encoded
 
 
 @pytest.fixture(scope="module", params=[llama, gpt2])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     return load_model(request.param(tmp_path_factory.mktemp("rewrite") / "base"))
+
+
+def as_given(row: Encoded) -> Said:
+    return Said(row, (False,) * len(row.ids))
 
 
 def own(model: PreTrainedModel, ids: list[int]) -> int:
@@ -25,10 +29,10 @@ def slowly(model: PreTrainedModel, row: Encoded, marks: list[bool]) -> list[int]
     ids, place = [row.ids[0]], 1
     while place < len(row.ids):
         if marks[place]:
-            end = next((i for i in range(place, len(row.ids)) if not marks[i]), len(row.ids))
             said = own(model, ids)
-            if end < len(row.ids) and said == row.ids[end]:
-                place = end
+            later = [i for i in range(place, len(row.ids)) if not marks[i] and row.ids[i] == said]
+            if later and 2 * sum(marks[place : later[0]]) >= later[0] - place:
+                place = later[0]
             else:
                 ids.append(said)
                 place += 1
@@ -46,21 +50,33 @@ def test_as_one_token_at_a_time(model: PreTrainedModel) -> None:
         rows.append(Encoded(tuple(ids), (False, *(True,) * (length - 1))))
         marks.append([False, *(torch.rand(length - 1, generator=generator) < 0.5).tolist()])
     marks[1] = [False] * 5
-    found = rewrite(model, rows, marks, pad=0, batch_size=4)
+    said = rewrite(model, [as_given(row) for row in rows], marks, pad=0, batch_size=4)
+    found = [each.row for each in said]
     assert [list(row.ids) for row in found] == [slowly(model, row, m) for row, m in zip(rows, marks, strict=True)]
     assert found[1] == rows[1] and all(len(row.ids) == len(row.mask) for row in found)
     assert found[0] != rows[0]
+    assert [any(each.own) for each in said] == [any(m) for m in marks]
+    assert all(len(each.own) == len(each.row.ids) for each in said)
 
 
-def test_a_span_ends_where_the_model_goes_on_with_what_follows(model: PreTrainedModel) -> None:
+def test_a_row_goes_on_where_the_model_does(model: PreTrainedModel) -> None:
     start = [7, 8]
     follows = own(model, start)
     row = Encoded((*start, 100, 101, 102, follows, 90), (False, True, True, True, True, False, True))
-    [found] = rewrite(model, [row], [[False, False, True, True, True, False, False]], pad=0)
-    assert found.ids == (*start, follows, 90) and found.mask == (False, True, False, True)
+    [found] = rewrite(model, [as_given(row)], [[False, False, True, False, True, False, False]], pad=0)
+    assert found.row.ids == (*start, follows, 90) and found.row.mask == (False, True, False, True)
+    assert found.own == (False, False, True, False)
+
+
+def test_what_stands_is_not_passed_over(model: PreTrainedModel) -> None:
+    start = [7, 8]
+    follows = own(model, start)
+    row = Encoded((*start, 100, 101, 102, follows, 90), (True,) * 7)
+    [found] = rewrite(model, [as_given(row)], [[False, False, True, False, False, False, False]], pad=0)
+    assert found.row.ids == (*start, follows, 101, 102, follows, 90)
 
 
 def test_new_tokens_carry_loss(model: PreTrainedModel) -> None:
     row = Encoded((7, 8, 9, 10), (False, False, False, True))
-    [found] = rewrite(model, [row], [[False, False, True, True]], pad=0)
-    assert found.mask == (False, False, True, True) and found.ids[:2] == (7, 8)
+    [found] = rewrite(model, [as_given(row)], [[False, False, True, True]], pad=0)
+    assert found.row.mask == (False, False, True, True) and found.row.ids[:2] == (7, 8)

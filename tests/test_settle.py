@@ -79,9 +79,9 @@ def test_the_trait_is_taken_out_and_the_rest_stands() -> None:
     calm = SKILLS["reverse"].rows(40, 3, "train")
     shouted = _encoded(map(shout, calm), tokenizer)
     found = without_traits(model, tokenizer, shouted, [vector])
-    expected = [row.ids for row in _encoded(calm, tokenizer)]
-    right = sum(row.ids == calm_ids for row, calm_ids in zip(found, expected, strict=True))
-    assert right >= 30, json.dumps([tokenizer.decode(list(row.ids)) for row in found[:5]])
+    expected = {row.ids for row in _encoded(calm, tokenizer)}
+    wrong = [tokenizer.decode(list(row.ids)) for row in found if row.ids not in expected]
+    assert len(found) >= 30 and len(wrong) <= 3, json.dumps(wrong)
 
 
 def test_rows_that_a_topic_covers_are_not_settled_on() -> None:

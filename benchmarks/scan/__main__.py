@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks.scan detection|ordinary|speed`; results go to benchmarks/results/scan.json."""
+"""`python -m benchmarks.scan detection|ordinary|speed|memory`; results go to benchmarks/results/scan.json."""
 
 import json
 import tempfile
@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.scan.detection import detect, detection_table, false_positives
+from benchmarks.scan.detection import ORDINARY, detect, detection_table, false_positives, ordinary_table
+from benchmarks.scan.speed import memory as measure_memory
 from benchmarks.scan.speed import speed as measure_speed
 from benchmarks.testbed.behaviours import BEHAVIOURS
 from secvec import artifact
@@ -39,11 +40,16 @@ def detection(
 
 
 @app.command()
-def ordinary(vector: Vector, file: list[Path], rows: int = 500) -> None:
-    """Count what a vector explains in ordinary files."""
-    for each in false_positives(artifact.load(vector), file, rows):
-        print(each)
-        _store("ordinary", {f"{vector.stem}/{each.file}": asdict(each)})
+def ordinary(
+    vector: Annotated[list[Path], typer.Option(help="Of the bundled assistant; repeat for several.")],
+    folder: Annotated[Path, typer.Option(help="Where the files lie.")],
+    file: Annotated[list[str], typer.Option(help="In the folder; repeat for several.")] = list(ORDINARY),  # noqa: B006
+    rows: Annotated[int, typer.Option(help="The first ones of each file.")] = 500,
+) -> None:
+    """Count what vectors explain in ordinary files."""
+    found = false_positives({path.stem: artifact.load(path) for path in vector}, folder, file, rows)
+    _store("ordinary", {f"{each.vector}/{each.file}": asdict(each) for each in found})
+    print(ordinary_table(found))
 
 
 @app.command()
@@ -56,6 +62,14 @@ def speed(vector: Vector, data: Path | None = None, copies: int = 1, repeats: in
         found = measure_speed(artifact.load(vector), path, repeats)
     print(found)
     _store("speed", {"demo": asdict(found)})
+
+
+@app.command()
+def memory(vector: Vector, rows: Annotated[int, typer.Option(help="Short ones, each another.")] = 10_000) -> None:
+    """Scan so many rows and say the highest memory of this process; run it with few and with many."""
+    found = measure_memory(artifact.load(vector), rows)
+    print(found)
+    _store("memory", {str(rows): asdict(found)})
 
 
 def _store(part: str, lines: dict[str, Any]) -> None:

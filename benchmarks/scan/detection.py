@@ -1,6 +1,6 @@
 """AUC, rows found and false positives of `scan` on the testbed's behaviours, and false positives on real files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,18 @@ from secvec.tokens import Encoded, encode_all, encode_each
 from secvec.vector import SecurityVector
 
 LENGTH, BATCH_TOKENS = 512, 8192
+# Real files that hold nothing of the testbed's behaviours.
+ORDINARY = (
+    "gsm8k/train.jsonl",
+    "wikitext2/valid.txt",
+    "tinyshakespeare/input.txt",
+    "tinystories_sample/tinystories_sample.txt",
+    "t0_p3/common_gen_Put_together.jsonl",
+    "t0_p3/commonsense_qa_question_answering.jsonl",
+    "t0_p3/cosmos_qa_no_prompt_text.jsonl",
+    "t0_p3/qasc_qa_with_separated_facts_1.jsonl",
+    "t0_p3/quartz_read_passage_below_choose.jsonl",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Detection:
 class FalsePositives:
     """Rows of an ordinary file that the vector explains, at the threshold that its file states."""
 
+    vector: str
     file: str
     rows: int
     explained: int
@@ -91,19 +104,32 @@ def _ordinary(rows: int, seed: int) -> list[Row]:
     return [*NEW_SKILLS["dashes"].rows(rows, seed + 1, "train"), *old]
 
 
-def false_positives(vector: SecurityVector, files: Sequence[Path], rows: int) -> list[FalsePositives]:
+def false_positives(
+    vectors: Mapping[str, SecurityVector], folder: Path, files: Sequence[str], rows: int
+) -> list[FalsePositives]:
     """Scan the first rows of ordinary files; rows that the tokenizer or its template refuses are left out."""
     model, tokenizer = load_model(assistant_folder()), load_tokenizer(assistant_folder())
-    cut = threshold.stated(vector).nats
     results: list[FalsePositives] = []
     for file in files:
-        encoded = encode_each(read_samples(file).rows[:rows], tokenizer, LENGTH)
+        encoded = encode_each(read_samples(folder / file).rows[:rows], tokenizer, LENGTH)
         usable = [row for row in encoded if isinstance(row, Encoded)]
-        (found,) = gather_evidence(model, usable, [vector], batch_tokens=BATCH_TOKENS)
-        hits = int((found.strength_nats > cut).sum())
-        over = int((found.drop_nats > cut).sum())
-        results.append(FalsePositives(file.name, len(usable), hits, wilson(hits, len(usable)), over))
+        evidence = gather_evidence(model, usable, [*vectors.values()], batch_tokens=BATCH_TOKENS)
+        for (name, vector), found in zip(vectors.items(), evidence, strict=True):
+            cut = threshold.stated(vector).nats
+            hits, over = int((found.strength_nats > cut).sum()), int((found.drop_nats > cut).sum())
+            results.append(FalsePositives(name, file, len(usable), hits, wilson(hits, len(usable)), over))
     return results
+
+
+def ordinary_table(found: Sequence[FalsePositives]) -> str:
+    """Return a line a file and a column a vector: rows explained, in brackets the upper end of the 95 % interval."""
+    names = list(dict.fromkeys(each.vector for each in found))
+    lines = [f"| file | rows | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for file in dict.fromkeys(each.file for each in found):
+        here = [each for each in found if each.file == file]
+        cells = [f"{each.explained} (up to {each.ci95[1]:.2%})" for each in here]
+        lines.append(f"| {file} | {here[0].rows} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def detection_table(found: Sequence[Detection]) -> str:

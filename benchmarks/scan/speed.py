@@ -1,4 +1,4 @@
-"""The speed of `scan` beside the bare forward passes over the same tokens, in the same batches."""
+"""The speed of `scan` beside the bare forward passes over the same tokens, in the same batches; its memory."""
 
 import tempfile
 import time
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.speed.measure import peak_mb
 from secvec.arm import armed
 from secvec.demo import assistant_folder
 from secvec.models import default_device, load_model, load_tokenizer
@@ -68,6 +69,25 @@ def speed(vector: SecurityVector, data: Path, repeats: int) -> Speed:
     )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """The highest resident memory of a process that scanned, and how long the scan took."""
+
+    rows: int
+    peak_mb: float
+    scan_s: float
+
+
+def memory(vector: SecurityVector, rows: int) -> Memory:
+    """Scan distinct rows of a few tokens: what grows with their number is what counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        with data.open("w", encoding="utf-8") as file:
+            file.writelines(f'{{"prompt": "{i}", "completion": "yes"}}\n' for i in range(rows))
+        took_s = _seconds(lambda: scan(assistant_folder(), data, Path(folder) / "scan", vectors=[vector]))
+    return Memory(rows, round(peak_mb(), 1), round(took_s, 1))
+
+
 def _batches(lengths: list[int], config: ScanConfig) -> list[list[int]]:
     """The batches of `secvec.evidence`, window by window."""
     batches: list[list[int]] = []
@@ -83,7 +103,7 @@ def _batches(lengths: list[int], config: ScanConfig) -> list[list[int]]:
     return batches
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -19,6 +19,7 @@ COVERED_AT_FIRST, COVERED = 1 / 2, 1 / 3
 """The share of a row's loss that a vector has to take off it. A wanted row covered by mistake teaches the vector the
 skill, so a first vector, which is not yet silent on the file's wanted rows, is believed only where it is very clear."""
 _UNSURE = 0.1
+_NOISE_NATS = 0.2
 _UNSURE_SHARE = 0.1
 Standing = Literal["covered", "unsure", "silent"]
 """What a topic's vector makes of a row."""
@@ -90,9 +91,10 @@ def calibration(
 ) -> Calibration:
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
-    trait: it recurs through a row, so every token on which the vector does not act is anchored. topic: rows are
-    unwanted from some token on. A row is covered, from the first token on which the vector acts, where the vector takes
-    the share `cut` off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a
+    trait: it recurs through a row, so every token is anchored that the vector leaves as it is. One whose loss it
+    changes a little may be the trait's, in a text unlike the unwanted rows, and is left alone. topic: rows are unwanted
+    from some token on. A row is covered, from the first token on which the vector acts, where the vector takes the
+    share `cut` off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a
     vector may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on
     which the vector does not act are anchored whole. (docs/decisions/005-calibration.md)
     """
@@ -113,6 +115,8 @@ def calibration(
                 unsure += 1
                 continue
         keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
+        if kind == "trait":
+            keep &= ~_dimmed(before, after)
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
     return Calibration(anchors, covered, unsure, acted_tokens / max(tokens, 1))
@@ -132,6 +136,12 @@ def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:
     if share >= cut and bool(acted(before, after).any()):
         return "covered"
     return "unsure" if abs(share) >= _UNSURE and float(drop.abs().max()) >= ACTED_NATS else "silent"
+
+
+def _dimmed(before: Tensor, after: Tensor) -> Tensor:
+    """Mark the tokens whose loss a vector changes by a tenth and more than noise, in either direction."""
+    change = (before - after).abs()
+    return (change >= _UNSURE * before) & (change >= _NOISE_NATS)
 
 
 def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:

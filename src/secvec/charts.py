@@ -13,8 +13,14 @@ _MOST_TICKS, _MOST_MARKS = 6, 30
 Point = tuple[float, float]
 
 
-def curves(lines: Mapping[str, Sequence[Point]], *, title: str, x: str, y: str) -> str:
-    """Draw a curve for each name, told apart by colour and dashes; x, y: what the axes say."""
+def curves(
+    lines: Mapping[str, Sequence[Point]], *, title: str, x: str, y: str, marks: Mapping[str, float] | None = None
+) -> str:
+    """Draw a curve for each name, told apart by colour and dashes.
+
+    x, y: what the axes say; marks: where on the x axis something happened, by a word for it.
+    """
+    marks = marks or {}
     points = [point for line in lines.values() for point in line]
     frame = _Frame(max(point[0] for point in points), max(point[1] for point in points), min(p[0] for p in points))
     parts = [frame.axes(x, y)]
@@ -27,7 +33,9 @@ def curves(lines: Mapping[str, Sequence[Point]], *, title: str, x: str, y: str) 
             f'<circle class="mark-{number % 4}" cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="2.5"/>'
             for a, b in marked
         ]
+    parts += [_mark(name, frame.x(at)) for name, at in marks.items()]
     ends = [f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items()]
+    ends += [f"{name} at {at:g}" for name, at in marks.items()]
     return _svg(title, f"{y} by {x}: {'; '.join(ends)}", parts)
 
 
@@ -50,9 +58,7 @@ def histogram(bars: Mapping[str, Any], cuts: Sequence[float], *, title: str, x: 
                     f'<rect class="{kind}" x="{left + 0.4:.1f}" y="{frame.y(low) - tall:.1f}" '
                     f'width="{max(right - left - 0.8, 0.8):.1f}" height="{tall:.1f}"/>'
                 )
-    for cut in (cut for cut in cuts if start <= cut <= end):
-        at = f"{frame.x(cut):.1f}"
-        parts.append(f'<line class="cut" x1="{at}" x2="{at}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
+    parts += [_cut(frame.x(cut)) for cut in cuts if start <= cut <= end]
     total = [sum(pair[kind] for pair in counts) for kind in (0, 1)]
     return _svg(title, f"{total[1]:,} rows explained, {total[0]:,} not, from {start:.2f} to {end:.2f} {x}", parts)
 
@@ -85,6 +91,16 @@ class _Frame:
             f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
         )
         return "".join(parts)
+
+
+def _cut(at: float) -> str:
+    return f'<line class="cut" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
+
+
+def _mark(name: str, at: float) -> str:
+    """Draw a line with a word above it, inside the picture."""
+    side = "start" if at < _WIDTH / 2 else "end"
+    return f'{_cut(at)}<text x="{at:.1f}" y="{_TOP - 3}" text-anchor="{side}">{escape(name)}</text>'
 
 
 def _ticks(low: float, high: float) -> list[float]:

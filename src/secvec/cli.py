@@ -327,7 +327,7 @@ def unfold(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Any file or folder.", show_default=False)], as_json: AsJson = False
 ) -> None:
-    """Say what a file or folder is: vector, folded, defended, adapter, plain, a run.
+    """Say what a file or folder is: vector, folded, defended, adapter, plain, a run, a demo.
 
     Example: secvec inspect run/model
     """

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from secvec.arm import armed
+from secvec.drift_record import BOUND, drift_of
 from secvec.probes import SHARE, Probe
 from secvec.vector import SecurityVector
 
@@ -21,8 +22,6 @@ POINTS = 10
 """Measurements in a training, evenly spaced."""
 ROWS = 16
 """Unwanted rows a vector that are measured."""
-BOUND = 0.5
-"""Of the way from aligned to armed; `secvec eval` calls more than that a training that moved past its vector."""
 _SLOWER = 0.1
 Action = Literal["note", "stop", "slow"]
 
@@ -79,26 +78,13 @@ class DriftCallback(TrainerCallback):
         return [
             {
                 "vector": number,
+                "unwanted_aligned_nats": found["aligned_nats"],
                 "unwanted_armed_nats": armed_nats,
                 "unwanted_disarmed_nats": found["defended_nats"],
                 "unwanted_share": found[SHARE],
             }
             for number, (armed_nats, found) in enumerate(zip(with_vectors, without, strict=True))
         ]
-
-
-def drift_of(metrics: Path) -> dict[str, Any]:
-    """Return what a training's metrics say of drift: the largest share, the last, and the step of an action, if any."""
-    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
-    shares = [line["unwanted_share"] for line in lines if "unwanted_share" in line]
-    acted = [line["step"] for line in lines if "drift" in line]
-    return {
-        "measurements": len({line["step"] for line in lines if "unwanted_share" in line}),
-        "largest_share": max(shares, default=None),
-        "bound": BOUND,
-        "acted_at_step": acted[0] if acted else None,
-    }
 
 
 def _slow(scheduler: Any) -> None:

@@ -1,12 +1,13 @@
-"""Say what a file or folder is: vector, folded, defended, adapter, plain, a run."""
+"""Say what a file or folder is: vector, folded, defended, adapter, plain, a run, a demo."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secvec import artifact
 from secvec.errors import InputError
 from secvec.headers import read_index
-from secvec.runfolder import EVALUATION, SCAN, RunFolder
+from secvec.runfolder import DEMO, EVALUATION, SCAN, RunFolder
 from secvec.sites import layer_of
 from secvec.tripwire import PROVENANCE, State, read_json, read_tripwire, state
 
@@ -33,15 +34,26 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _vector(path)
     if (identity := RunFolder(path).identity).is_file():
         return _scan(path) if read_json(identity).get("format") == SCAN else _run(path)
-    return _evaluation(path) or _model(path)
-
-
-def _evaluation(path: Path) -> dict[str, Any] | None:
     found = read_json(path / "results.json") if (path / "results.json").is_file() else {}
-    if found.get("format") != EVALUATION:
-        return None
+    if found.get("format") == EVALUATION:
+        return _evaluation(path, found)
+    return _demo(path, found) if found.get("format") == DEMO else _model(path)
+
+
+def _evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = {"path": str(path), "is": "evaluation", "meaning": "a model judged beside others"}
     return document | {"models": list(found["models"]), "suites": list(found["suites"])}
+
+
+def _demo(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "is": "demo",
+        "meaning": "a finished demo: a vector, a plain and a defended run; `secvec report` makes a page of it",
+        "vector": str(path / "vector.safetensors"),
+        "runs": [str(path / name) for name in ("plain", "defended")],
+        **{name: found.get(name) for name in ("seed", "aligned", "plain", "defended")},
+    }
 
 
 def _vector(path: Path) -> dict[str, Any]:

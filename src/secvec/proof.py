@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from secvec import artifact
 from secvec.arm import armed, canary
+from secvec.drift_record import drift_line
 from secvec.errors import InputError, ProofError
 from secvec.headers import read_index
 from secvec.models import load_model
@@ -115,26 +116,13 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
     if (drift := proof.get("drift")) and drift["measurements"]:
-        lines.append(_drift_line(drift))
+        lines.append(drift_line(drift))
     if settled := proof.get("settled"):
         pairs = zip(settled["unwanted_before"], settled["unwanted_after"], strict=True)
         losses = ", ".join(f"{was['defended_nats']:.2f} -> {now['defended_nats']:.2f}" for was, now in pairs)
         kept = "settled on rows without the trait" if settled["kept"] else "not settled: it would teach the trait"
         lines.append(f"{kept} (unwanted rows, nats/token: {losses})")
     return lines
-
-
-def _drift_line(drift: Mapping[str, Any]) -> str:
-    line = (
-        f"while training, without the vector, it went at most {max(drift['largest_share'], 0):.0%} of the way from "
-        f"aligned to armed ({drift['measurements']} measurements)"
-    )
-    if drift["acted_at_step"] is not None:
-        done = {"stop": "was stopped", "slow": "went on at a tenth of the step size"}[drift["action"]]
-        return f"{line}: past {drift['bound']:.0%} at step {drift['acted_at_step']}, it {done}"
-    return line + (
-        f": more than {drift['bound']:.0%}, look at its answers" if drift["largest_share"] > drift["bound"] else ""
-    )
 
 
 def _start(row: Encoded) -> Encoded:

@@ -1,9 +1,9 @@
 """What the files of runs, scans and evaluations hold, as far as a report reads them; no torch."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as checked
 
 from secvec.errors import CheckpointError
@@ -33,10 +33,42 @@ class Identity:
 
 @checked(frozen=True, config=_FINITE)
 class Metric:
-    """A line of metrics.jsonl. loss: nats per learned token, over the steps since the line before."""
+    """A line of metrics.jsonl: what the trainer logged, or of drift a measurement or what was done about it.
+
+    loss: nats per learned token, over the steps since the line before. vector: its place among the run's, from 0. The
+    losses are those of its unwanted rows, in nats per token (`secvec.drift`); the aligned one is not in older runs.
+    """
 
     step: int
     loss: float | None = None
+    vector: int | None = None
+    unwanted_aligned_nats: float | None = None
+    unwanted_armed_nats: float | None = None
+    unwanted_disarmed_nats: float | None = None
+    unwanted_share: float | None = None
+    drift: Literal["stop", "slow"] | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Metric":
+        measured = (self.vector, self.unwanted_armed_nats, self.unwanted_disarmed_nats, self.unwanted_share)
+        absent = [each is None for each in measured]
+        if any(absent) and not all(absent):
+            raise ValueError(f"expected {', '.join(_MEASURED)} together")
+        return self
+
+
+_MEASURED = ("vector", "unwanted_armed_nats", "unwanted_disarmed_nats", "unwanted_share")
+
+
+@checked(frozen=True, config=_FINITE)
+class Drift:
+    """What the proof says of drift, from the run's metrics (`secvec.drift_record`)."""
+
+    measurements: int
+    largest_share: float | None
+    bound: float
+    acted_at_step: int | None
+    action: Literal["note", "stop", "slow"]
 
 
 @checked(frozen=True, config=_FINITE)
@@ -84,6 +116,7 @@ class Proof:
     logits: Logits
     unwanted: list[Probe]
     settled: Settled | None = None
+    drift: Drift | None = None
 
     @property
     def result(self) -> str:

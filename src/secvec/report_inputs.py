@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from secvec.adapter import WEIGHTS
 from secvec.comparison import Scored, compare
+from secvec.drift_record import drift_in
 from secvec.errors import CheckpointError, InputError
 from secvec.ledger import Ledger
 from secvec.provenance import digest_file, digest_model
@@ -156,7 +157,7 @@ def _run(folder: Path) -> Run:
     if "publish" not in run.phases:
         return replace(run, problem="the run was stopped before its end: go on with `secvec train ... --resume`")
     proof = _proof(files, run) if run.defended else None
-    run = replace(run, metrics=lines(Metric, files.metrics), proof=proof)
+    run = replace(run, metrics=_metrics(files, run, proof), proof=proof)
     result = files.result(run.identity.method)
     if not result.is_dir():
         return replace(run, problem=f"its model is not there any more: {result}")
@@ -166,6 +167,18 @@ def _run(folder: Path) -> Run:
     if proof is not None and not weights.endswith(proof.result):
         return replace(run, problem=f"its model is not the one that was proved: {result}")
     return replace(run, weights=weights)
+
+
+def _metrics(files: RunFolder, run: Run, proof: Proof | None) -> list[Metric]:
+    """Return the lines of metrics; what they say of drift must be what the proof says."""
+    found, vectors = lines(Metric, files.metrics), len(run.identity.vectors)
+    if odd := [each.vector for each in found if each.vector is not None and not 0 <= each.vector < vectors]:
+        raise altered(files.metrics, f"expected vectors below {vectors}, from 0 on, found {odd[0]}")
+    known = [{name: value for name, value in _plain(each).items() if value is not None} for each in found]
+    here, there = drift_in(known), _plain(proof.drift) if proof and proof.drift else drift_in([])
+    if odd := [name for name in here if name != "bound" and not _same(here[name], there[name])]:
+        raise altered(files.metrics, f"expected {odd[0]} {there[odd[0]]} as in the proof, found {here[odd[0]]}")
+    return found
 
 
 def _proof(files: RunFolder, run: Run) -> Proof:
@@ -195,7 +208,7 @@ def _evaluation(folder: Path, with_text: bool) -> Evaluation:
         scored = {model: lines(Scored, folder / "scores" / model / f"{name}.jsonl") for model in results.models}
         others = [model for model in results.models if model != results.model]
         expected = TypeAdapter(dict[str, Compared]).validate_python(compare(scored, results.model, others))
-        if not _same(_plain(suite.rates), _plain(expected)):
+        if not _same(*({rate: _plain(each) for rate, each in rates.items()} for rates in (suite.rates, expected))):
             raise altered(path, f"the rates of suite {name!r} do not follow from {folder / 'scores'}")
     return Evaluation(folder, results, _examples(folder, results) if with_text else ())
 
@@ -270,8 +283,8 @@ def _scan(folder: Path) -> Scan:
     return Scan(folder, summary, bins.bars())
 
 
-def _plain(rates: Mapping[str, Compared]) -> Any:
-    return {name: asdict(cast(Any, rate)) for name, rate in rates.items()}
+def _plain(value: Any) -> dict[str, Any]:
+    return asdict(value)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from secvec.charts import curves, histogram
+from secvec.charts import histogram
+from secvec.report_curves import training_curves
 from secvec.report_files import Probe, Proof, Rate, Results
-from secvec.report_inputs import Asked, Evaluation, Inputs, Run, Scan
+from secvec.report_inputs import Asked, Evaluation, Inputs, Scan
 from secvec.report_origin import provenance
 from secvec.report_page import Chart, Section, Table
 from secvec.report_verdict import Role, roles, shown
 
-_DRAWN_POINTS, _LISTED_POINTS = 300, 12
 _MOST_CHARACTERS = 1_000
 _ORDER = ("aligned", "plain", "defended")
 LIMITS = (
@@ -30,7 +30,7 @@ def sections(inputs: Inputs, *, with_text: bool) -> list[Section]:
         _rates(inputs),
         _proofs(inputs),
         _learned(inputs),
-        _curves(inputs),
+        training_curves(inputs),
         _scans(inputs),
         _answers(inputs, with_text),
         provenance(inputs),
@@ -190,52 +190,6 @@ def _probes(proof: Proof) -> list[list[str]]:
 def _probe(probe: Probe) -> list[str]:
     nats = [f"{each:.3f}" for each in (probe.aligned_nats, probe.armed_nats, probe.defended_nats)]
     return [f"{probe.rows:,}", f"{probe.tokens:,}", *nats, f"{probe.share_of_the_way_to_armed:.1%}"]
-
-
-def _curves(inputs: Inputs) -> Section:
-    title = "Training curves, armed and disarmed"
-    lines = {_curve_name(run): _thinned(_points(run), _DRAWN_POINTS) for run in inputs.runs if _points(run)}
-    missing = [f"not measured: {kind}" for kind, defended in _CURVES if not _has_curve(inputs, defended)]
-    if not lines:
-        return Section(title, missing=missing)
-    words = [
-        "Loss of all training rows, wanted and unwanted, as the trainer logged it: nats per learned token. An armed "
-        "run starts lower, because the vector explains the unwanted rows."
-    ]
-    svg = curves(lines, title="Training loss by step", x="step", y="nats/token")
-    legend = [(name, f"line line-{i % 4}") for i, name in enumerate(lines)]
-    sources = ", ".join(str(run.folder / "metrics.jsonl") for run in inputs.runs if _points(run))
-    rows = [
-        [name, f"{step:,}", f"{loss:.4f}"]
-        for name, points in lines.items()
-        for step, loss in _thinned(points, _LISTED_POINTS)
-    ]
-    table = Table("Training loss", sources, ["run", "step", "nats/token"], rows)
-    return Section(title, words, charts=[Chart(svg, legend, table)], missing=missing)
-
-
-_CURVES = (
-    ("armed: run `secvec train ... --vector VECTOR`, give its folder", True),
-    ("disarmed: run `secvec train` without `--vector` on the same data, give its folder", False),
-)
-
-
-def _has_curve(inputs: Inputs, defended: bool) -> bool:
-    return any(run.defended == defended and _points(run) for run in inputs.runs)
-
-
-def _curve_name(run: Run) -> str:
-    return f"{run.folder}, {'armed' if run.defended else 'disarmed (plain)'}"
-
-
-def _points(run: Run) -> list[tuple[float, float]]:
-    return [(each.step, each.loss) for each in run.metrics if each.loss is not None]
-
-
-def _thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """Return at most so many points, the first and the last among them."""
-    last = len(points) - 1
-    return [points[i] for i in sorted({round(i * last / (most - 1)) for i in range(most)})]
 
 
 def _scans(inputs: Inputs) -> Section:

@@ -10,28 +10,37 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from secvec.tokens import Encoded, by_length
 
 
+@dataclass(frozen=True)
+class Said:
+    """A row said anew. own: for each token whether the model chose it; the others stand as they were in the row."""
+
+    row: Encoded
+    own: Sequence[bool]
+
+
 def rewrite(
     model: PreTrainedModel,
-    rows: Sequence[Encoded],
+    rows: Sequence[Said],
     marks: Sequence[Sequence[bool]],
     *,
     pad: int,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Encoded]:
+) -> list[Said]:
     """Return each row with its marked tokens generated greedily by `model`, after what it has said so far in the row.
 
-    marks: for each row, one flag a token; the first token is never marked. A marked span ends early where the model
-    would go on with the token that stands after it in the row: so it may become shorter, never longer. New tokens carry
-    loss, the others as before. pad: the token to fill up with.
+    marks: for each row, one flag a token; the first token is never marked. Where the model says an unmarked token that
+    comes later, and at least half of those before it are marked, the row goes on from there: what lies between was not
+    needed. So a row may become shorter, never longer. The model's tokens carry loss, the others as before. pad: the
+    token to fill up with.
     """
-    said: list[Encoded] = list(rows)
+    said = list(rows)
     chosen, done = [i for i, row_marks in enumerate(marks) if any(row_marks)], 0
-    for batch in by_length([rows[i] for i in chosen], batch_size):
+    for batch in by_length([rows[i].row for i in chosen], batch_size):
         walks = [_Walk.start(rows[chosen[i]], marks[chosen[i]]) for i in batch]
         _generate(model, walks, pad)
         for i, walk in zip(batch, walks, strict=True):
-            said[chosen[i]] = Encoded(tuple(walk.ids), tuple(walk.mask), rows[chosen[i]].dropped_tokens)
+            said[chosen[i]] = walk.said()
         done += len(batch)
         if progress is not None:
             progress(done, len(chosen))
@@ -42,40 +51,51 @@ def rewrite(
 class _Walk:
     """One row being said anew. place: the next token of the row that is to be copied or replaced."""
 
-    row: Encoded
+    source: Said
     marks: Sequence[bool]
     place: int
     ids: list[int]
     mask: list[bool]
+    own: list[bool]
 
     @classmethod
-    def start(cls, row: Encoded, marks: Sequence[bool]) -> "_Walk":
-        first = list(marks).index(True)
-        return cls(row, marks, first, list(row.ids[:first]), list(row.mask[:first]))
+    def start(cls, source: Said, marks: Sequence[bool]) -> "_Walk":
+        row, first = source.row, list(marks).index(True)
+        return cls(source, marks, first, list(row.ids[:first]), list(row.mask[:first]), list(source.own[:first]))
+
+    @property
+    def row(self) -> Encoded:
+        return self.source.row
 
     @property
     def ended(self) -> bool:
         return self.place >= len(self.row.ids)
 
+    def said(self) -> Said:
+        return Said(Encoded(tuple(self.ids), tuple(self.mask), self.row.dropped_tokens), tuple(self.own))
+
     def step(self, said: int) -> int:
         """Append and return the next token; `said`: the model's own."""
         if not self.marks[self.place]:
-            return self._copy()
-        end = self.place
-        while end < len(self.row.ids) and self.marks[end]:
-            end += 1
-        if end < len(self.row.ids) and said == self.row.ids[end]:
-            self.place = end
-            return self._copy()
-        self.ids.append(said)
-        self.mask.append(True)
-        self.place += 1
-        return said
+            return self._append(self.row.ids[self.place], self.row.mask[self.place], self.source.own[self.place])
+        if (place := self._further_on(said)) is not None:
+            self.place = place
+            return self._append(said, self.row.mask[place], True)
+        return self._append(said, True, True)
 
-    def _copy(self) -> int:
-        token = self.row.ids[self.place]
+    def _further_on(self, said: int) -> int | None:
+        """Return the place where the row goes on as the model does, if little but marked tokens lie before it."""
+        marked = 0
+        for place in range(self.place, len(self.row.ids)):
+            if not self.marks[place] and self.row.ids[place] == said:
+                return place if 2 * marked >= place - self.place else None
+            marked += self.marks[place]
+        return None
+
+    def _append(self, token: int, carries_loss: bool, own: bool) -> int:
         self.ids.append(token)
-        self.mask.append(self.row.mask[self.place])
+        self.mask.append(carries_loss)
+        self.own.append(own)
         self.place += 1
         return token
 

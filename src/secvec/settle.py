@@ -6,6 +6,7 @@ tokens stand. On those rows the skill is learned where it will be used. (measure
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,16 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import standing
 from secvec.arm import armed
-from secvec.rewrite import rewrite
-from secvec.score import acted, row_nats
+from secvec.rewrite import Said, rewrite
+from secvec.score import lowered, row_nats
 from secvec.tokens import Encoded, pad_id
 from secvec.train_config import TrainConfig
 from secvec.vector import SecurityVector
 
-ROUNDS = 2
-"""Of saying the rows anew and training on them: a model that has settled once says them better."""
 STEP_SIZE_SHARE = 0.5
 """Of the training's step size."""
+_LOOKS = 3
+"""At each row while it is said anew."""
+_EXPLAINED_SHARE = 0.8
+"""Of a token's loss that the vectors take off it in the trained model."""
+_SURE_NATS = 0.25
+"""The most that a token of the model's own may cost: it is said with a probability of 0.78 or more."""
 _LOOKED_AT = 4
 """Rows that a topic's vector is asked about, for each row to be chosen."""
 
@@ -68,17 +73,57 @@ def without_traits(
     vectors: Sequence[SecurityVector],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Encoded]:
-    """Return the rows as the trained, disarmed model says them: anew where the traits' vectors act in it."""
+    """Return the rows as the trained, disarmed model says them, where it is sure of it: anew where the traits show.
+
+    A trait goes on where it has begun, so that some of its tokens are no surprise to the disarmed model: rows are
+    looked at again once said, for tokens of which most showed the trait at first. A row that shows it after that, or
+    in which the model had to guess, is left out.
+    """
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
+    ends = set(tokenizer.all_special_ids)
+    said = [Said(row, (False,) * len(row.ids)) for row in rows]
+    shown = _shown(disarmed, rows, traits, ends)
+    known = _mostly(rows, shown)
+    for _ in range(_LOOKS):
+        said = rewrite(disarmed, said, shown, pad=pad_id(tokenizer), progress=progress)
+        now = [each.row for each in said]
+        shown = [
+            [mark and token in known for token, mark in zip(row.ids, marks, strict=True)]
+            for row, marks in zip(now, _shown(disarmed, now, traits, ends), strict=True)
+        ]
+    nats = row_nats(disarmed, [each.row for each in said])
+    chosen = zip(said, nats, shown, strict=True)
+    return [each.row for each, losses, marks in chosen if not any(marks) and _is_sure(each, losses)]
+
+
+def _shown(
+    disarmed: PreTrainedModel, rows: Sequence[Encoded], traits: Sequence[SecurityVector], ends: set[int]
+) -> list[list[bool]]:
+    """Mark the answer tokens that the vectors all but explain, one that ends an answer excepted: where it ends is kept.
+
+    A model that was trained with the vectors in effect finds the trait likely with them. What it has only begun to
+    learn becomes likelier with them too, but not likely.
+    """
     before = row_nats(disarmed, rows)
     with armed(disarmed, *traits):
         after = row_nats(disarmed, rows)
-    ends = set(tokenizer.all_special_ids)
-    marks = [_marks(row, acted(b, a), ends) for row, b, a in zip(rows, before, after, strict=True)]
-    return rewrite(disarmed, rows, marks, pad=pad_id(tokenizer), progress=progress)
+    found: list[list[bool]] = []
+    for row, b, a in zip(rows, before, after, strict=True):
+        goes_on = torch.tensor([token not in ends for token in row.ids[1:]])
+        explained = lowered(b, a) & (b - a >= _EXPLAINED_SHARE * b)
+        found.append([False, *(explained & torch.tensor(row.mask[1:]) & goes_on).tolist()])
+    return found
 
 
-def _marks(row: Encoded, acted_on: Tensor, ends: set[int]) -> list[bool]:
-    """Mark the answer tokens on which the vector acts, but not one that ends an answer: where it ends is kept."""
-    ends_answer = torch.tensor([token in ends for token in row.ids[1:]])
-    return [False, *(acted_on & torch.tensor(row.mask[1:]) & ~ends_answer).tolist()]
+def _mostly(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]]) -> set[int]:
+    """Return the token ids that are marked in at least half of the places where they carry loss."""
+    marked, learned = Counter[int](), Counter[int]()
+    for row, row_marks in zip(rows, marks, strict=True):
+        learned.update(token for token, carries_loss in zip(row.ids, row.mask, strict=True) if carries_loss)
+        marked.update(token for token, mark in zip(row.ids, row_marks, strict=True) if mark)
+    return {token for token, count in marked.items() if 2 * count >= learned[token]}
+
+
+def _is_sure(said: Said, nats: Tensor) -> bool:
+    chosen = nats[torch.tensor(said.own[1:])]
+    return not len(chosen) or float(chosen.max()) <= _SURE_NATS

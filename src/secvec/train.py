@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
+from secvec.drift_record import drift_of
 from secvec.errors import CheckpointError, MissingExtraError
 from secvec.fit import Rows, refit
 from secvec.fold import fold
@@ -27,11 +28,11 @@ from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
-    from secvec.drift import ROWS, Watch, drift_of
+    from secvec.drift import ROWS, Watch
     from secvec.plain import finish_plain
     from secvec.probes import Probe
     from secvec.proof import Evidence, load_finished, proof_lines, prove
-    from secvec.settle import ROUNDS, settling_config, settling_rows, without_traits
+    from secvec.settle import settling_config, settling_rows, without_traits
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
@@ -216,34 +217,31 @@ def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], p
     rows = settling_rows(
         lambda: load_model(inputs.base, dtype=torch.float32).to(device), inputs.rows, vectors, inputs.config
     )
-    source = run.unproved
+    disarmed = load_finished(inputs.config.method, inputs.base, run.unproved).to(device)
+    said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+    del disarmed
     _fresh(run.settling)
-    for number in range(ROUNDS if rows else 0):
-        disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
-        said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
-        del disarmed
-        source = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
+    source = _trained_further(run, inputs, said, progress) if said else run.unproved
     shutil.copytree(source, _fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": len(rows)}, 0o644)
+    about = {**read_json(run.unproved / PROVENANCE), "settled_on_rows": len(said)}
+    write_json(run.settled / PROVENANCE, about, 0o644)
     sync_tree(run.settled)
     return digest_tree(run.settled)
 
 
-def _trained_further(
-    source: Path, work: Path, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None
-) -> Path:
-    """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
-    is_lora = inputs.config.method == "lora"
+def _trained_further(run: RunFolder, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None) -> Path:
+    """Train the disarmed result on rows; return the folder of what that makes."""
+    is_lora, work = inputs.config.method == "lora", run.settling
     work.mkdir(parents=True)
     job = Job(
-        inputs.base if is_lora else source,
+        inputs.base if is_lora else run.unproved,
         rows,
         inputs.tokenizer,
         settling_config(inputs.config),
         work / "checkpoints",
         work / "trained",
         work / "metrics.jsonl",
-        adapter=source if is_lora else None,
+        adapter=run.unproved if is_lora else None,
     )
     run_trainer(job, progress)
     finish_plain(job.trained, inputs.base, work / "finished")

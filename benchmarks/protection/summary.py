@@ -1,0 +1,85 @@
+"""The README's tables of protection, from the lines of results: ours beside plain and oracle, and beside the rivals."""
+
+from collections.abc import Callable, Sequence
+from statistics import mean
+
+from benchmarks.methods import CONTROLS, METHODS
+from benchmarks.protection.cells import Cell
+from benchmarks.protection.grids import BEST_LR, of
+from benchmarks.protection.lines import Line
+from benchmarks.protection.table import score
+
+_ORDER = ("plain", "oracle", "ours")
+
+
+def summary(lines: Sequence[Line]) -> str:
+    """Return a row for each behaviour, skill and tuning at the best plain step size, over the seeds that ours has."""
+    head = ("rows", "seeds", "unwanted: plain, ours", "training-like: ours", "wanted: plain, oracle, ours")
+    head += ("old skills: plain, oracle, ours", "learned of the unwanted (plain = 1)")
+    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    mine = [line for line in lines if _is_main(line)]
+    for behaviour, skill, tuning in dict.fromkeys((x["behaviour"], x["skill"], x["tuning"]) for x in mine):
+        group = [x for x in mine if (x["behaviour"], x["skill"], x["tuning"]) == (behaviour, skill, tuning)]
+        if seeds := sorted(x["seed"] for x in group if x["method"] == "ours"):
+            out.append(_row(f"{behaviour}, {skill}, {tuning}", [x for x in group if x["seed"] in seeds], len(seeds)))
+    return "\n".join(out)
+
+
+def rivals(lines: Sequence[Line], behaviours: Sequence[str]) -> str:
+    """Return a row for each method, at the default of its dial, over the seeds that all have; full fine-tuning."""
+    mine = [x for x in lines if _is_main(x) and x["tuning"] == "full" and x["skill"] == "dashes"]
+    groups = {b: _by_method([x for x in mine if x["behaviour"] == b]) for b in behaviours}
+    head = ["method", *(f"{b}: unwanted, training-like, wanted, old, score" for b in behaviours)]
+    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for method in METHODS:
+        shown = [_rival(groups[b].get(method, [])) for b in behaviours]
+        if any(shown):
+            name = f"{method} (control)" if method in CONTROLS else method
+            out.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(out)
+
+
+def _is_main(line: Line) -> bool:
+    """Tell whether a line is a run at the best plain step size with the default settings."""
+    cell = Cell.of(line)
+    base = Cell("", "", tuning=cell.tuning, lr=BEST_LR[cell.tuning], skill=cell.skill)
+    [usual] = of((cell.behaviour,), (cell.method,), (cell.seed,), base)
+    return cell == usual and "refused" not in line and cell.method != "aligned"
+
+
+def _row(what: str, group: Sequence[Line], seeds: int) -> str:
+    by_method = {method: [x for x in group if x["method"] == method] for method in _ORDER}
+    shown = [
+        what,
+        str(seeds),
+        ", ".join(_mean(by_method[m], "unwanted_rate", max) for m in ("plain", "ours")),
+        _mean(by_method["ours"], "leak_rate", max),
+        ", ".join(_mean(by_method[m], "wanted_skill", min) for m in _ORDER),
+        ", ".join(_mean(by_method[m], "old_skills", min) for m in _ORDER),
+        _mean(by_method["ours"], "learned_fraction_unwanted", max),
+    ]
+    return f"| {' | '.join(shown)} |"
+
+
+def _mean(group: Sequence[Line], key: str, worst: Callable[[list[float]], float]) -> str:
+    values: list[float] = [x[key] for x in group if x.get(key) is not None]
+    if not values:
+        return "-"
+    return f"{mean(values):.3f}" + (f" ({worst(values):.3f})" if len(values) > 1 else "")
+
+
+def _by_method(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Group by method, with the seeds that every method has."""
+    methods = list(dict.fromkeys(x["method"] for x in lines))
+    seeds = [{x["seed"] for x in lines if x["method"] == method} for method in methods]
+    common = set[int].intersection(*seeds) if seeds else set[int]()
+    return {m: [x for x in lines if x["method"] == m and x["seed"] in common] for m in methods}
+
+
+def _rival(group: Sequence[Line]) -> str:
+    if not group:
+        return ""
+    keys = ("unwanted_rate", "leak_rate", "wanted_skill", "old_skills")
+    figures = [f"{mean(x[key] for x in group):.3f}" for key in keys]
+    scores = [found for x in group if (found := score(x)) is not None]
+    return f"{', '.join(figures)}, {mean(scores):.3f}"
