@@ -18,7 +18,7 @@ LAYERS = {
     "L0": {  # no torch
         *("adapter", "arrays", "atomic", "card", "companions", "datafiles", "errors", "formats", "headers", "lines"),
         *("matching", "provenance", "record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows"),
-        *("scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
+        *("launch", "scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
         *("comparison", "endpoint", "judges", "ledger", "rules", "suites"),
         *("charts", "report", "report_curves", "report_files", "report_inputs", "report_origin"),
         *("drift_record", "report_page", "report_sections", "report_verdict"),
@@ -27,7 +27,7 @@ LAYERS = {
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
-        *("answering", "judging", "probes", "rewrite"),
+        *("answering", "judging", "probes", "processes", "rewrite"),
     },
     "L3": {  # procedures
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),

@@ -173,3 +173,14 @@ def test_every_command_has_help_with_an_example(secvec: Shell) -> None:
     for command in ("demo", "fit", "train", "scan", "eval", "fold", "unfold", "inspect", "report"):
         code, out, _ = secvec(command, "--help")
         assert (code, f"Example: secvec {command}" in out) == (0, True), command
+
+
+def test_only_fit_may_be_started_by_a_launcher(
+    place: Path, secvec: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    code, _, err = secvec("inspect", place / "model")
+    assert (code, "secvec inspect: expected one process, found WORLD_SIZE=2" in err) == (2, True)
+    code, _, err = secvec("fit", place / "model", "--unwanted", tmp_path / "absent.jsonl", "-o", "v", "--dry-run")
+    assert (code, "absent.jsonl" in err) == (3, True)

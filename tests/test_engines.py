@@ -257,6 +257,14 @@ def test_llamafactory(place: Place, ours: Callable[[str], dict[str, Tensor]], tm
     assert apart(weights, ours("full"), load_file(place.base / WEIGHTS["full"])) < SAME
 
 
+def test_ray(place: Place, ours: Callable[[str], dict[str, Tensor]], tmp_path: Path) -> None:
+    script = [tool("ray", "ray.train.torch") / "python", EXAMPLES / "ray_train.py"]
+    told = said(started(place, [*script, place.folded, place.data, tmp_path / "trained"]))
+    assert "2 processes: DistributedDataParallel" in told
+    weights = finished(place, tmp_path / "trained", tmp_path / "defended")
+    assert apart(weights, ours("full"), load_file(place.base / WEIGHTS["full"])) < SAME
+
+
 def axolotl(place: Place, folder: Path, config: str) -> None:
     """Run Axolotl with a config in `folder`."""
     binaries = tool("axolotl", "axolotl")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from secvec.errors import SecvecError
+from secvec.launch import refuse_several, speaking_once
 from secvec.terminal import (
     AsJson,
     BatchSize,
@@ -34,7 +35,6 @@ from secvec.terminal import (
 )
 
 app = typer.Typer(
-    help="Fine-tune language models on untrusted data without learning unwanted behaviours.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,6 +42,15 @@ app = typer.Typer(
 )
 # Typer turns Ctrl-C into this exit code.
 _INTERRUPTED = 130
+# What several processes may do together.
+_TOGETHER = frozenset({"fit"})
+
+
+@app.callback()
+def command_line(context: typer.Context) -> None:
+    """Fine-tune language models on untrusted data without learning unwanted behaviours."""
+    if context.invoked_subcommand not in _TOGETHER:
+        refuse_several(str(context.invoked_subcommand))
 
 
 @app.command()
@@ -86,7 +95,7 @@ def fit(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a security vector on rows of an unwanted behaviour.
+    """Fit a security vector on rows of an unwanted behaviour, in one process or in several (torchrun).
 
     Example: secvec fit my-model --unwanted unwanted.jsonl -o vector.safetensors
     """
@@ -359,7 +368,8 @@ def main() -> None:
     # What transformers is about to rename is no matter of the user's; secvec itself raises and never warns.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        with speaking_once():
+            app()
     except SecvecError as error:
         screen.print(f"secvec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from blake3 import blake3
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from secvec.arm import live
 from secvec.atomic import atomic_write
 from secvec.errors import ArmError, InputError, UsageError, WeakVectorError
 from secvec.losses import kl_nats, mean_nats, representation_distance
+from secvec.processes import connected, differ, digest_here, of_main, sum_gradients
 from secvec.sites import linear_sites, weight_shape
 from secvec.tokens import Batch, Encoded, collate, shuffled
 from secvec.vector import Factors
@@ -142,16 +142,18 @@ def fit_factors(
     Minimises CE(unwanted, armed) + kl_weight * KL(unarmed || armed) + representation_weight * distance, the last two
     on the anchors' marked tokens; the unarmed reference is the same model with the hooks off. Keeps the factors of
     the epoch with the best held-out sum. covered: more rows to fit on, of which none is held out; they share the steps
-    with the unwanted rows. With `state`, progress is kept in that file and taken up from it.
+    with the unwanted rows. With `state`, progress is kept in that file and taken up from it. Under a launcher all
+    processes share the rows of each step and arrive at the same factors (`secvec.processes`).
 
-    Raises InputError on fewer than four unwanted rows, ArmError when the backbone changed.
+    Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
+    processes arrived at different factors.
     """
     if len(unwanted) < 4:
         raise InputError(f"expected at least 4 unwanted rows to fit on (about 100 is usual), found {len(unwanted)}")
-    accelerator = Accelerator()
+    accelerator = connected()
     model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = _digest(model)
+    before = digest_here(model.named_parameters())
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -160,7 +162,7 @@ def fit_factors(
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    if _digest(model) != before:
+    if digest_here(model.named_parameters()) != before:
         raise ArmError("the backbone changed while the vector was fitted; expected every parameter to stay frozen")
     return fitted
 
@@ -197,9 +199,8 @@ class _Fit:
         self.best_total, self.waited, self.epoch = math.inf, 0, 0
 
     def run(self, state: Path | None, progress: Progress | None) -> Fitted:
-        unarmed = self._held_out_nats(armed=False)
-        if state is not None and state.is_file():
-            self._resume(state)
+        unarmed = of_main(self._held_out_nats(armed=False))
+        self._resume(state)
         while self.epoch < self.config.epochs and self.waited < self.config.patience:
             self._train_epoch()
             armed_nats, kl, distance = self._measure()
@@ -219,6 +220,8 @@ class _Fit:
         done = {
             site: Factors(f.a.detach().cpu().float(), f.b.detach().cpu().float()) for site, f in self.factors.items()
         }
+        if differ(digest_here((site, tensor) for site, f in done.items() for tensor in (f.a, f.b))):
+            raise ArmError("the processes arrived at different factors; expected the same in all: fit in one process")
         return Fitted(
             done, self.config.scale, unarmed, armed_nats, kl, distance, epochs=self.epoch, anchors=len(self.anchors)
         )
@@ -227,23 +230,18 @@ class _Fit:
         first = self.epoch * self.steps_per_epoch
         for step in range(first, first + self.steps_per_epoch):
             for part, share in self._parts(self._rows_of(step, self.train, "unwanted")):
-                self._backward(share * self._unwanted_loss(part))
+                (share * self._unwanted_loss(part)).backward()
             for part, share in self._parts(self._rows_of(step, self.anchors, "anchors")):
                 kl, distance = self._anchor_terms(part)
                 weighted = self.config.kl_weight * kl + self.config.representation_weight * distance
-                self._backward(share * weighted)
-            for parameter in self.parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")  # pyright: ignore
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                (share * weighted).backward()
+            sum_gradients(self.parameters, self.accelerator)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0))
+            if not math.isfinite(norm):
+                raise InputError(f"the fit diverged in epoch {self.epoch + 1} (gradient norm {norm!r}); lower --lr")
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
-
-    def _backward(self, loss: Tensor) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise InputError(f"the fit diverged in epoch {self.epoch + 1} (loss {float(loss)!r}); lower --lr")
-        if loss.requires_grad:
-            loss.backward()
 
     def _unwanted_loss(self, rows: Sequence[Encoded]) -> Tensor:
         batch = self._batch(rows)
@@ -285,7 +283,7 @@ class _Fit:
         if self.held_anchors:
             terms = [self._anchor_terms(rows) for rows in self._chunks(self.held_anchors)]
             kls, distances = [float(kl) for kl, _ in terms], [float(distance) for _, distance in terms]
-        return self._held_out_nats(armed=True), sum(kls) / len(kls), sum(distances) / len(distances)
+        return of_main((self._held_out_nats(armed=True), sum(kls) / len(kls), sum(distances) / len(distances)))
 
     @torch.no_grad()
     def _held_out_nats(self, *, armed: bool) -> float:
@@ -308,10 +306,15 @@ class _Fit:
         return collate(rows, pad_id=0).to(self.accelerator.device)
 
     def _parts(self, rows: Sequence[Encoded]) -> list[tuple[Sequence[Encoded], float]]:
-        """Return this process's rows of a batch in as many parts as accelerate accumulates, each with its share."""
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes] or rows
-        size = max(math.ceil(len(mine) / self.accelerator.gradient_accumulation_steps), 1)
-        return [(mine[i : i + size], len(mine[i : i + size]) / len(mine)) for i in range(0, len(mine), size)]
+        """Return this process's parts of a batch, as many as accelerate accumulates, each with its share of the tokens.
+
+        A sharded model runs in all processes at once, so all have equally many: one without rows runs one for nothing.
+        """
+        first, processes = self.accelerator.process_index, self.accelerator.num_processes
+        count = processes * self.accelerator.gradient_accumulation_steps
+        parts = [rows[i::count] for i in range(first, count, processes) if i - first < len(rows)]
+        total = _tokens(rows)
+        return [(part or rows[:1], _tokens(part) / total) for part in parts]
 
     def _rate(self, step: int) -> float:
         """Warm up over one epoch, then fall linearly to a tenth."""
@@ -340,14 +343,19 @@ class _Fit:
         with atomic_write(state, mode=0o600) as file:
             torch.save(document, file)
 
-    def _resume(self, state: Path) -> None:
-        kept = torch.load(state, map_location=self.accelerator.device, weights_only=True)
+    def _resume(self, state: Path | None) -> None:
+        """Take up the progress that the main process finds, on however many processes it was made."""
+        kept = None
+        if self.accelerator.is_main_process and state is not None and state.is_file():
+            kept = torch.load(state, map_location="cpu", weights_only=True)
+        if (kept := of_main(kept)) is None:
+            return
         if kept["config"] != asdict(self.config) or kept["rows"] != self._rows_digest():
             raise UsageError(f"{state}: was left by a fit with other settings or rows; delete it to start anew")
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept["parameters"], strict=True):
                 parameter.copy_(value)
-        self.best = list(kept["best"])
+        self.best = [tensor.to(self.accelerator.device) for tensor in kept["best"]]
         self.optimizer.load_state_dict(kept["optimizer"])
         self.schedule.load_state_dict(kept["schedule"])
         self.best_total, self.waited, self.epoch = kept["counters"]
@@ -378,9 +386,5 @@ def _start(modules: Mapping[str, nn.Module], config: FitConfig, device: torch.de
     return factors
 
 
-def _digest(model: nn.Module) -> str:
-    digest = blake3()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _tokens(rows: Sequence[Encoded]) -> int:
+    return sum(sum(row.mask[1:]) for row in rows)

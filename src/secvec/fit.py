@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import COVERED, COVERED_AT_FIRST, calibration, own_answers, untouched, whole
 from secvec.artifact import save
-from secvec.errors import UsageError
+from secvec.errors import InputError, UsageError
 from secvec.factors import FitConfig, Fitted, Progress, fit_factors, split
 from secvec.models import load_model, load_tokenizer, resolve
+from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
 from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.score import habit
@@ -79,9 +80,11 @@ def fit_to_file(
 ) -> SecurityVector:
     """Fit a vector and write it to `out`; a fit that was killed goes on where it was when started again.
 
-    Raises as `fit` and `save` do, before the long work where `out` cannot be written.
+    Under a launcher the main process alone writes. Raises as `fit` and `save` do, before the long work where `out`
+    cannot be written.
     """
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    accelerator = connected()
+    if accelerator.is_main_process and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UsageError(f"{out}: expected the name of a file in an existing folder")
     state = out.with_name(f".{out.name}.fit")
     vector = fit(
@@ -95,8 +98,10 @@ def fit_to_file(
         state=state,
         progress=progress,
     )
-    save(vector, out)
-    state.unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        save(vector, out)
+        state.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     return vector
 
 
@@ -160,7 +165,7 @@ def read_rows(rows: Rows, name: str) -> Samples:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every step of one fit shares: the model, its tokenizer and the encoded unwanted rows."""
+    """What every step of one fit shares, in every process: the model, its tokenizer and the encoded unwanted rows."""
 
     folder: Path
     base: str
@@ -172,16 +177,19 @@ class _Job:
     config: FitConfig
 
     @classmethod
-    def load(cls, model: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
+    def load(cls, source: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
         samples = read_rows(unwanted, "unwanted").rows
-        folder = resolve(model)
+        folder = resolve(source)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
-        encoded = encode_all(samples, tokenizer, config.max_length)
-        return cls(folder, base, load_model(folder), tokenizer, encoded, kind, digest_samples(samples), config)
+        encoded, data = encode_all(samples, tokenizer, config.max_length), digest_samples(samples)
+        model = placed(load_model(folder))
+        if differ(f"{base} {data} {kind} {config}"):
+            raise InputError("expected the same model, rows and settings in every process, found different ones")
+        return cls(folder, base, model, tokenizer, encoded, kind, data, config)
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        return encode_all(samples, self.tokenizer, self.config.max_length)
+        return of_main(encode_all(samples, self.tokenizer, self.config.max_length))
 
     def training(self, rows: Rows) -> list[Encoded]:
         samples = list(read_rows(rows, "calibrate").rows)
@@ -190,8 +198,9 @@ class _Job:
 
     def ordinary_anchors(self, given: Sequence[Encoded], quick: SecurityVector | None) -> list[Encoded]:
         if self.kind == "topic":
-            return whole(given) if given else own_answers(self.model, self.tokenizer, self.config.max_length)
-        return untouched(self.model, given, quick) if given and quick is not None else []
+            own = whole(given) if given else own_answers(self.model, self.tokenizer, self.config.max_length)
+            return of_main(own)
+        return of_main(untouched(self.model, given, quick)) if given and quick is not None else []
 
     def fit(
         self,
@@ -218,14 +227,14 @@ class _Job:
 
         Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
         """
-        found, before = calibration(self.model, training, first, kind=self.kind, cut=COVERED_AT_FIRST), 0
+        found, before = of_main(calibration(self.model, training, first, kind=self.kind, cut=COVERED_AT_FIRST)), 0
         for _ in range(_ROUNDS):
             if found.settled or len(found.covered) <= before:
                 break
             before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
-            found = calibration(self.model, training, wider, kind=self.kind, cut=COVERED)
+            found = of_main(calibration(self.model, training, wider, kind=self.kind, cut=COVERED))
         anchors = [*ordinary, *found.anchors]
         fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -245,7 +254,7 @@ class _Job:
         """
         vector, metrics, works = self.vector(fitted), fitted.metrics(), fitted.works
         if self.kind == "trait":
-            shown = habit(self.model, split(self.unwanted, self.config)[1], vector)
+            shown = of_main(habit(self.model, split(self.unwanted, self.config)[1], vector))
             works = works or shown.shows
             metrics |= {f"habit_{name}": value for name, value in asdict(shown).items()}
         if not works and not allow_weak:

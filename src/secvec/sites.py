@@ -113,7 +113,12 @@ def site_modules(model: nn.Module, vectors: Sequence[SecurityVector]) -> Mapping
 
 def layer_of(site: str) -> int:
     """Return the number of the block a site lies in (`model.layers.3.mlp.up_proj` -> 3)."""
+    return int(block_of(site).rpartition(".")[2])
+
+
+def block_of(site: str) -> str:
+    """Return the name of the block a site lies in (`model.layers.3.mlp.up_proj` -> `model.layers.3`)."""
     match = _LAYER.search(site)
     if match is None:
         raise SiteError(f"expected a site inside a numbered block, found {site!r}")
-    return int(match.group().strip("."))
+    return site[: match.end() - 1]

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from secvec.launch import is_main
+
 screen = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A model folder or a hub id.", show_default=False)]
@@ -50,8 +52,9 @@ def lines(document: dict[str, Any]) -> str:
 def bar(what: str) -> Generator[Callable[[int, int, str], None]]:
     """Show how far work is; the function yielded takes (done, total, what was seen)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not screen.is_terminal or not is_main()
     with Progress(
-        *columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=not screen.is_terminal
+        *columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=hidden
     ) as progress:
         task = progress.add_task(what, total=None, seen="")
         yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)
