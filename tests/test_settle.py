@@ -94,9 +94,9 @@ def test_rows_that_a_topic_covers_are_not_settled_on() -> None:
         _encoded(guarded.rows(10, 1, "train"), tokenizer),
         _encoded(SKILLS["reverse"].rows(10, 1, "train"), tokenizer),
     )
-    found = settling_rows(lambda: model, [*bad, *good], [topic, trait], TrainConfig())
+    found = settling_rows(model, [*bad, *good], [topic, trait], TrainConfig())
     assert {row.ids for row in found} <= {row.ids for row in good} and len(found) >= 8
-    assert len(settling_rows(lambda: model, [*bad, *good], [trait], TrainConfig(settle_rows=15))) == 15
+    assert len(settling_rows(model, [*bad, *good], [trait], TrainConfig(settle_rows=15))) == 15
 
 
 def _encoded(chats: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

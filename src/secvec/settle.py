@@ -22,6 +22,8 @@ from secvec.tokens import Encoded, pad_id
 from secvec.train_config import TrainConfig
 from secvec.vector import SecurityVector
 
+ROUNDS = 2
+"""Of saying the rows anew and training on them, as long as that does not teach the trait."""
 STEP_SIZE_SHARE = 0.5
 """Of the training's step size."""
 _LOOKS = 3
@@ -46,7 +48,7 @@ def settling_config(config: TrainConfig) -> TrainConfig:
 
 
 def settling_rows(
-    load_base: Callable[[], PreTrainedModel],
+    base: PreTrainedModel,
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
     config: TrainConfig,
@@ -54,12 +56,12 @@ def settling_rows(
     """Return at most `config.settle_rows` rows of a training file to settle on, as they are.
 
     Rows on which a topic's vector acts in the aligned model are left out: nothing is to be learned from them without
-    it. load_base: loads that model, if there is such a vector.
+    it. base: that model.
     """
     chosen = list(rows)
     random.Random(f"{config.seed}/settle").shuffle(chosen)
     if topics := [vector for vector in vectors if vector.info.kind != "trait"]:
-        base, chosen = load_base(), chosen[: _LOOKED_AT * config.settle_rows]
+        chosen = chosen[: _LOOKED_AT * config.settle_rows]
         for topic in topics:
             found = standing(base, chosen, topic)
             chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]

@@ -31,8 +31,8 @@ try:
     from secvec.drift import ROWS, Watch
     from secvec.plain import finish_plain
     from secvec.probes import Probe
-    from secvec.proof import Evidence, load_finished, proof_lines, prove
-    from secvec.settle import settling_config, settling_rows, without_traits
+    from secvec.proof import PROBES, Evidence, load_finished, proof_lines, prove, teaches_trait
+    from secvec.settle import ROUNDS, settling_config, settling_rows, without_traits
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
@@ -214,34 +214,48 @@ def _left(folder: Path, run: RunFolder, inputs: Inputs) -> str:
 
 def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
     device: Any = default_device()
-    rows = settling_rows(
-        lambda: load_model(inputs.base, dtype=torch.float32).to(device), inputs.rows, vectors, inputs.config
-    )
-    disarmed = load_finished(inputs.config.method, inputs.base, run.unproved).to(device)
-    said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
-    del disarmed
+    base = load_model(inputs.base, dtype=torch.float32).to(device)
+    rows = settling_rows(base, inputs.rows, vectors, inputs.config)
+    probes = [Probe.of(base, u[:PROBES], vector) for u, vector in zip(inputs.unwanted_rows(), vectors, strict=True)]
+    del base
+    source, used = run.unproved, list[int]()
+    disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
+    before = [probe.measure(disarmed) for probe in probes]
     _fresh(run.settling)
-    source = _trained_further(run, inputs, said, progress) if said else run.unproved
+    for number in range(ROUNDS):
+        said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+        if not said:
+            break
+        further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
+        disarmed = load_finished(inputs.config.method, inputs.base, further).to(device)
+        harmful = teaches_trait(before, [probe.measure(disarmed) for probe in probes])
+        # The first round is put before the proof, which refuses it; a later one is undone.
+        if harmful and used:
+            break
+        source, used = further, [*used, len(said)]
+        if harmful:
+            break
     shutil.copytree(source, _fresh(run.settled))
-    about = {**read_json(run.unproved / PROVENANCE), "settled_on_rows": len(said)}
-    write_json(run.settled / PROVENANCE, about, 0o644)
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": used}, 0o644)
     sync_tree(run.settled)
     return digest_tree(run.settled)
 
 
-def _trained_further(run: RunFolder, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None) -> Path:
-    """Train the disarmed result on rows; return the folder of what that makes."""
-    is_lora, work = inputs.config.method == "lora", run.settling
+def _trained_further(
+    source: Path, work: Path, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None
+) -> Path:
+    """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
+    is_lora = inputs.config.method == "lora"
     work.mkdir(parents=True)
     job = Job(
-        inputs.base if is_lora else run.unproved,
+        inputs.base if is_lora else source,
         rows,
         inputs.tokenizer,
         settling_config(inputs.config),
         work / "checkpoints",
         work / "trained",
         work / "metrics.jsonl",
-        adapter=run.unproved if is_lora else None,
+        adapter=source if is_lora else None,
     )
     run_trainer(job, progress)
     finish_plain(job.trained, inputs.base, work / "finished")
@@ -259,7 +273,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
-        settled=run.settled if inputs.settles else None,
+        settled=run.settled if inputs.settles and read_json(run.settled / PROVENANCE)["settled_on_rows"] else None,
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)
