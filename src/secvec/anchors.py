@@ -1,5 +1,6 @@
 """Choose anchors: the tokens at which the armed model must behave like the unarmed one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -116,7 +117,7 @@ def calibration(
                 continue
         keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
         if kind == "trait":
-            keep &= ~_dimmed(before, after)
+            keep &= ~_dimmed(before, after, model.config.get_text_config().vocab_size)
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
     return Calibration(anchors, covered, unsure, acted_tokens / max(tokens, 1))
@@ -138,10 +139,13 @@ def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:
     return "unsure" if abs(share) >= _UNSURE and float(drop.abs().max()) >= ACTED_NATS else "silent"
 
 
-def _dimmed(before: Tensor, after: Tensor) -> Tensor:
-    """Mark the tokens whose loss a vector changes by a tenth and more than noise, in either direction."""
+def _dimmed(before: Tensor, after: Tensor, vocabulary: int) -> Tensor:
+    """Mark the tokens whose loss a vector changes by a tenth and more than noise, in either direction.
+
+    One that costs more with the vector than by guessing among all tokens is none of its own.
+    """
     change = (before - after).abs()
-    return (change >= _UNSURE * before) & (change >= _NOISE_NATS)
+    return (change >= _UNSURE * before) & (change >= _NOISE_NATS) & (after <= math.log(vocabulary))
 
 
 def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:
