@@ -93,7 +93,7 @@ def calibration(
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
     trait: it recurs through a row, so every token is anchored that the vector leaves as it is. One whose loss it
-    changes a little may be the trait's, in a text unlike the unwanted rows, and is left alone. topic: rows are unwanted
+    lowers a little may be the trait's, in a text unlike the unwanted rows, and is left alone. topic: rows are unwanted
     from some token on. A row is covered, from the first token on which the vector acts, where the vector takes the
     share `cut` off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a
     vector may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on
@@ -140,12 +140,12 @@ def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:
 
 
 def _dimmed(before: Tensor, after: Tensor, vocabulary: int) -> Tensor:
-    """Mark the tokens whose loss a vector changes by a tenth and more than noise, in either direction.
+    """Mark the tokens of whose loss a vector takes off a tenth and more than noise.
 
     One that costs more with the vector than by guessing among all tokens is none of its own.
     """
-    change = (before - after).abs()
-    return (change >= _UNSURE * before) & (change >= _NOISE_NATS) & (after <= math.log(vocabulary))
+    drop = before - after
+    return (drop >= _UNSURE * before) & (drop >= _NOISE_NATS) & (after <= math.log(vocabulary))
 
 
 def untouched(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Encoded]:
