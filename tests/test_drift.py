@@ -1,6 +1,7 @@
 """What the disarmed model learns is measured while it trains, changes nothing, and can stop or slow the training."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,15 @@ def vector(base: Path) -> SecurityVector:
     return fitted_vector(base)
 
 
-def trained(folder: Path, base: Path, vector: SecurityVector, watch: Watch | None) -> list[dict[str, Any]]:
+def trained(
+    folder: Path, base: Path, vector: SecurityVector, watch: Watch | None, *, save_every: int = 500
+) -> list[dict[str, Any]]:
     """Train on unwanted rows alone, and return the metrics."""
     fold(base, [vector], folder / "folded")
     tokenizer = load_tokenizer(base)
     bad = encode_all(from_rows(UNWANTED).rows, tokenizer, 128) * 10
     paths = folder / "checkpoints", folder / "trained", folder / "metrics.jsonl"
-    config = replace(CONFIG, lr=1e-2, save_every=500, trainer={"logging_steps": 1})
+    config = replace(CONFIG, lr=1e-2, save_every=save_every, trainer={"logging_steps": 1})
     run_trainer(Job(folder / "folded", bad, tokenizer, config, *paths, watch=watch), None)
     return [json.loads(line) for line in paths[2].read_text().splitlines()]
 
@@ -92,6 +95,20 @@ def test_a_training_that_goes_past_its_vector(tmp_path: Path, base: Path, vector
     else:
         assert steps == 40 and rates[acted + 2] < 0.11 * rates[acted]
         assert sum("drift" in line for line in lines) == 1
+
+
+def test_a_stop_is_not_undone_by_going_on(tmp_path: Path, base: Path, vector: SecurityVector) -> None:
+    faint = replace(vector, scale=0.1 * vector.scale)
+    lines = trained(tmp_path, base, faint, watch(base, faint, "stop"), save_every=1)
+    first = load_file(tmp_path / "trained/model.safetensors")
+    # Killed after the last step and before the end: what was saved is there, what was trained is not.
+    shutil.rmtree(tmp_path / "trained")
+    shutil.rmtree(tmp_path / "folded")
+    again = trained(tmp_path, base, faint, watch(base, faint, "stop"), save_every=1)
+    assert [line["step"] for line in again if "drift" in line] == [line["step"] for line in lines if "drift" in line]
+    assert max(line["step"] for line in again) == max(line["step"] for line in lines) < 40
+    second = load_file(tmp_path / "trained/model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_schedule_that_sets_its_own_step_size_cannot_be_slowed(tmp_path: Path, base: Path) -> None:

@@ -84,13 +84,15 @@ def read_experiment(file: Path) -> Experiment:
     for key, path in rows.items():
         if not path.exists():
             raise UsageError(f"{file}: rows.{key}: expected a file, found none at {str(path)!r}")
-    return replace(read, rows=rows, rates={key: _placed(rate, folder) for key, rate in read.rates.items()})
+    rates = {
+        key: [_placed(each, folder) for each in rate] if isinstance(rate, list) else _placed(rate, folder)
+        for key, rate in read.rates.items()
+    }
+    return replace(read, rows=rows, rates=rates)
 
 
-def _placed(rate: Rate | list[Rate], folder: Path) -> Rate | list[Rate]:
-    """Find suites beside the experiment's file; the names of bundled ones stand."""
-    if isinstance(rate, list):
-        return [placed for each in rate if isinstance(placed := _placed(each, folder), Rate)]
+def _placed(rate: Rate, folder: Path) -> Rate:
+    """Find a suite beside the experiment's file; the name of a bundled one stands."""
     return replace(rate, suite=str(folder / rate.suite)) if (folder / rate.suite).exists() else rate
 
 

@@ -38,12 +38,15 @@ class Watch:
 class DriftCallback(TrainerCallback):
     """Measure the probes with the vectors and without, write them among the metrics, and act where they drifted.
 
-    The trained weights hold the vectors, so the disarmed model is they with the vectors' opposites in effect.
+    The trained weights hold the vectors, so the disarmed model is they with the vectors' opposites in effect. Comes
+    after the callback that saves: the step at which training is stopped is not saved, for a run that goes on from there
+    after a kill would train past it; from the checkpoint before it stops there again.
     """
 
     def __init__(self, watch: Watch, metrics: Path) -> None:
         self._watch, self._metrics = watch, metrics
         self._opposites = [replace(vector, scale=-vector.scale) for vector in watch.vectors]
+        self._stopped = False
 
     def on_step_end(
         self,
@@ -62,11 +65,17 @@ class DriftCallback(TrainerCallback):
         if drifted and self._watch.action != "note" and not drift_of(self._metrics)["acted_at_step"]:
             lines.append({"drift": self._watch.action})
             if self._watch.action == "stop":
-                control.should_training_stop = True
+                control.should_training_stop, control.should_save, self._stopped = True, False, True
             else:
                 _slow(lr_scheduler)
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps({"step": state.global_step, **line}) + "\n" for line in lines))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stopped:
+            control.should_save = False
 
     def _measured(self, model: PreTrainedModel) -> list[dict[str, Any]]:
         was_training = model.training

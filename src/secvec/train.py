@@ -226,6 +226,7 @@ def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], p
         said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
         if not said:
             break
+        del disarmed  # one model at a time: training needs the room
         further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
         disarmed = load_finished(inputs.config.method, inputs.base, further).to(device)
         harmful = teaches_trait(before, [probe.measure(disarmed) for probe in probes])

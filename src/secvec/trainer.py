@@ -113,9 +113,9 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         processing_class=job.tokenizer,
         callbacks=[
             _Metrics(job.metrics),
-            *([DriftCallback(job.watch, job.metrics)] if job.watch else []),
             _Progress(progress),
             _Checkpoints(job.checkpoints),
+            *([DriftCallback(job.watch, job.metrics)] if job.watch else []),
             *_tensorboard(job, step),
         ],
         peft_config=new_adapter,
