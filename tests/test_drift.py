@@ -111,6 +111,13 @@ def test_a_stop_is_not_undone_by_going_on(tmp_path: Path, base: Path, vector: Se
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_action_that_could_never_be_taken_is_refused(tmp_path: Path, base: Path, vector: SecurityVector) -> None:
+    config = TrainConfig(on_drift="stop")
+    with pytest.raises(UsageError, match="on_drift: 'stop' needs the unwanted rows to see any drift"):
+        train(base, rows(), tmp_path / "run", vectors=[vector], config=config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_schedule_that_sets_its_own_step_size_cannot_be_slowed(tmp_path: Path, base: Path) -> None:
     config = TrainConfig(on_drift="slow", trainer={"lr_scheduler_type": "reduce_lr_on_plateau"})
     with pytest.raises(UsageError, match="on_drift: 'slow' cannot change the step size"):

@@ -11,6 +11,7 @@ import typer
 
 from benchmarks.protection.cells import Cell
 from benchmarks.protection.lines import missing, read_lines
+from secvec.errors import SecvecError
 
 if TYPE_CHECKING:
     from benchmarks.protection.one import Bench
@@ -19,7 +20,7 @@ RESULTS = Path(__file__).parents[1] / "results/protection"
 ASSISTANT = Path(__file__).parents[2] / "src/secvec/assistant"
 PROMPTS, OLD = 300, 15
 SMOKE = 60, 3
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Grid = Annotated[str | None, typer.Option(help="A named grid (benchmarks/protection/grids.py).")]
 Names = Annotated[list[str] | None, typer.Option(help="Repeat for several.")]
 Results = Annotated[Path | None, typer.Option(help="The file of lines; by default that of the grid.")]
@@ -118,4 +119,8 @@ def _file(grid: str | None, own: Path | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except SecvecError as error:
+        print(f"benchmarks.protection: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -143,11 +143,11 @@ def _format(folder: Path) -> str:
         found = read_json(path).get("format") if path.is_file() else None
         if found in known:
             return cast(str, found)
-    what = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+    what = "another folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
     hint = f"; its run folder is {folder.parent}" if RunFolder(folder.parent).identity.is_file() else ""
     raise InputError(
-        f"{folder}: expected a folder that `secvec train`, `scan`, `eval` or `demo` finished or started, found {what} "
-        f"of another kind{hint}; `secvec inspect` says what it is"
+        f"{folder}: expected a folder that `secvec train`, `scan`, `eval` or `demo` finished or started, found "
+        f"{what}{hint}; `secvec inspect` says what it is"
     )
 
 

@@ -94,6 +94,8 @@ def check_inputs(
             f"expected as many files of unwanted rows as vectors, found {len(unwanted)} and {len(vectors)}; "
             "give --unwanted once for each --vector, in the same order"
         )
+    if config.on_drift != "note" and not unwanted:
+        raise UsageError(f"on_drift: {config.on_drift!r} needs the unwanted rows to see any drift; give --unwanted")
     loaded = [each if isinstance(each, SecurityVector) else artifact.load(each) for each in vectors]
     digests = [artifact.digest(vector) for vector in loaded]
     if len(set(digests)) < len(digests):
