@@ -109,7 +109,9 @@ def free_port() -> int:
 
 
 def started(place: Place, command: Sequence[str | Path]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place.folder / "hf"), "OMP_NUM_THREADS": "1"}
+    # The tools' own environments have no secvec, and start in folders of their own.
+    here = {"PYTHONPATH": str(EXAMPLES.parent / "src"), "HF_HOME": str(place.folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **here, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
