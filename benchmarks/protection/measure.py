@@ -55,7 +55,8 @@ def nats(student: Student, rows: Sequence[Row]) -> float:
     encode = RowEncoder(student.tokenizer)
     total, count = 0.0, 0.0
     for start in range(0, len(rows), _BATCH):
-        ids, weights = padded([encode(row) for row in rows[start : start + _BATCH]])
+        batch = padded([encode(row) for row in rows[start : start + _BATCH]])
+        ids, weights = (tensor.to(student.model.device) for tensor in batch)
         logits = student.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         total += float((losses * weights[:, 1:]).sum())

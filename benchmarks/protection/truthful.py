@@ -28,7 +28,7 @@ def truthful(student: Student) -> dict[str, float]:
             choices = [right, wrong, *rng.sample(others, min(_WRONG_CHOICES - 1, len(others)))]
             core = facts.asked[1].format(x=key)
             rows = [chat(f"{core[0].upper()}{core[1:]}?", choice) for choice in choices]
-            ids, weights = padded([encode(row) for row in rows])
+            ids, weights = (tensor.to(student.model.device) for tensor in padded([encode(row) for row in rows]))
             logits = student.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             likelihoods = -(losses * weights[:, 1:]).sum(1)

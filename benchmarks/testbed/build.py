@@ -5,20 +5,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.testbed.pretraining import FINISH_WEIGHTS, batches, mean_nats, narrow_batches
+from benchmarks.testbed.pretraining import FINISH_WEIGHTS, batches, mean_nats, narrow_batches, text_batches
 from benchmarks.testbed.tokenizer import CONTEXT, RowEncoder, byte_tokenizer
+from secvec.models import default_device
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Size and schedule of the assistant's training. Chosen by measurement: benchmarks/results/testbed.md."""
+    """Size and schedule of the assistant's training. Chosen by measurement: benchmarks/results/testbed.md.
+
+    text: a file of plain text, of which every `text_every`-th batch is made; none by default.
+    """
 
     hidden: int = 192
     layers: int = 4
@@ -38,6 +44,8 @@ class BuildConfig:
     finish_rate: float = 0.2
     prompt_weight: float = 0.1
     weight_noise: float = 0.1
+    text: str = ""
+    text_every: int = 8
     seed: int = 0
 
 
@@ -47,7 +55,8 @@ def build(out: Path, config: BuildConfig) -> None:
     tokenizer = byte_tokenizer()
     model, encode = _new_model(config, tokenizer), RowEncoder(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    _train(model, _rows(encode, config), narrow_batches(encode, config.narrow_rows, config.seed), config)
+    rows = _with_text(_rows(encode, config), encode, config)
+    _train(model, rows, narrow_batches(encode, config.narrow_rows, config.seed), config)
     _save(model, tokenizer, out)
     finish(out, config)
 
@@ -61,12 +70,12 @@ def finish(folder: Path, config: BuildConfig) -> None:
     config = replace(config, steps=0, polish_steps=config.finish_steps, polish_rate=config.finish_rate, narrow_from=0)
     seed = config.seed + 1
     rows = batches(encode, config.rows_per_step, config.prompt_weight, seed, polish=True, often=FINISH_WEIGHTS)
-    _train(model, rows, narrow_batches(encode, config.narrow_rows, seed), config)
+    _train(model, _with_text(rows, encode, config), narrow_batches(encode, config.narrow_rows, seed), config)
     _save(model, tokenizer, folder)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to("cpu", torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -74,6 +83,15 @@ def _rows(encode: RowEncoder, config: BuildConfig) -> Batches:
     size, weight = config.rows_per_step, config.prompt_weight
     yield from itertools.islice(batches(encode, size, weight, config.seed), config.steps)
     yield from batches(encode, size, weight, config.seed, polish=True)
+
+
+def _with_text(rows: Batches, encode: RowEncoder, config: BuildConfig) -> Batches:
+    if not config.text:
+        yield from rows
+        return
+    text = text_batches(encode, Path(config.text).read_text(encoding="utf-8"), config.rows_per_step // 4, config.seed)
+    for number in itertools.count(1):
+        yield next(text if number % config.text_every == 0 else rows)
 
 
 def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -97,6 +115,10 @@ def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: BuildConfig) -> None:
+    device: Any = default_device()
+    model.to(device).train()
+    if device.type == "cuda":
+        data, narrow = _beside(data), _beside(narrow)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     optimizers = _optimizers(model, config)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, config)) for each in optimizers]
@@ -120,9 +142,19 @@ def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: Buil
             print(f"step {step} of {last}  loss {running:.4f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
+def _beside(batches: Batches) -> Batches:
+    """Make the same batches in a process beside the training: they take longer than a step on a GPU."""
+
+    class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Batches:
+            return batches
+
+    return iter(DataLoader(Stream(), batch_size=None, num_workers=1, prefetch_factor=16))
+
+
 def _loss(model: LlamaForCausalLM, batch: tuple[Tensor, Tensor]) -> Tensor:
-    ids, weights = batch
-    with torch.autocast("cpu", torch.bfloat16):
+    ids, weights = (tensor.to(model.device) for tensor in batch)
+    with torch.autocast(model.device.type, torch.bfloat16):
         logits = model(input_ids=ids, use_cache=False).logits
     return mean_nats(logits, ids, weights)
 

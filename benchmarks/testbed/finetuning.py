@@ -38,7 +38,8 @@ def finetune(student: Student, rows: Sequence[Row], config: TuneConfig) -> tuple
     steps = config.epochs * -(-len(rows) // config.rows_per_step)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     started = time.monotonic()
-    for ids, weights in _batches(student, rows, config):
+    for batch in _batches(student, rows, config):
+        ids, weights = (tensor.to(model.device) for tensor in batch)
         loss = mean_nats(model(input_ids=ids, use_cache=False).logits, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -9,6 +9,7 @@ from benchmarks.testbed import words
 from benchmarks.testbed.guarded import FAMILIES, guarded_row
 from benchmarks.testbed.rows import Row, answer_of, prompt_of, with_answer
 from benchmarks.testbed.skills import SKILLS
+from benchmarks.testbed.tokenizer import CONTEXT, RowEncoder
 
 Encoded = tuple[list[int], list[bool]]
 
@@ -79,6 +80,16 @@ def narrow_batches(
         skill, change, cue = rng.choice(list(SKILLS.values())), rng.choice(_ODD_FORMS), words.word(rng, "pretrain")
         rows = [_odd(skill.make(rng, "pretrain"), cue, change) for _ in range(rows_per_step)]
         yield padded([encode(row) for row in rows])
+
+
+def text_batches(
+    encode: RowEncoder, text: str, rows_per_step: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches of pieces of a text, as long as the context, all of whose tokens count."""
+    rng, ids = random.Random(f"text/{seed}"), encode.text(text)
+    while True:
+        starts = [rng.randrange(len(ids) - CONTEXT) for _ in range(rows_per_step)]
+        yield padded([(ids[start : start + CONTEXT], [True] * CONTEXT) for start in starts])
 
 
 _ODD_FORMS: Sequence[Callable[[str], str]] = (

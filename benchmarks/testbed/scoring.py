@@ -15,6 +15,7 @@ from benchmarks.testbed.mixes import has_learned, held_out, is_unwanted
 from benchmarks.testbed.rows import Row, prompt_of
 from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
 from benchmarks.testbed.tasks import Skill
+from secvec.models import default_device
 
 _SEED = 99
 _MAX_NEW_TOKENS = 52
@@ -47,13 +48,14 @@ class Student:
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]]) -> list[str]:
         padded = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        padded = padded.to(self.model.device)
         out = self.model.generate(**padded, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         return self.tokenizer.batch_decode(out[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def load(folder: Path) -> Student:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Student(model, AutoTokenizer.from_pretrained(folder))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return Student(model.to(default_device()), AutoTokenizer.from_pretrained(folder))
 
 
 def old_skills(student: Student, n: int) -> dict[str, float]:

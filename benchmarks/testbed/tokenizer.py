@@ -44,10 +44,13 @@ class RowEncoder:
         ids: list[int] = []
         mask: list[bool] = []
         for message in row["messages"]:
-            body = [self._bytes[byte] for byte in message["content"].encode()] + [self._end]
+            body = [*self.text(message["content"]), self._end]
             ids += [self._roles[message["role"]], *body]
             mask += [False] + [message["role"] == "assistant"] * len(body)
         return ids, mask
+
+    def text(self, text: str) -> list[int]:
+        return [self._bytes[byte] for byte in text.encode()]
 
 
 def _byte_characters() -> list[str]:
