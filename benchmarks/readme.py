@@ -1,7 +1,8 @@
 """Write the README's tables from the committed results: python -m benchmarks.readme [--check]
 
 benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`, and speed.json is from
-`python -m benchmarks.speed --json`; protection/runs.jsonl is from `python -m benchmarks.protection run`.
+`python -m benchmarks.speed --json`; protection/runs.jsonl is from `python -m benchmarks.protection run`, large.jsonl
+beside it from the commands in testbed-large.md; gpu-*.json are from `python -m benchmarks.gpu --json`.
 """
 
 import json
@@ -10,11 +11,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.gpu import measure as gpu
 from benchmarks.protection.lines import read_lines
 from benchmarks.protection.summary import rivals, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+LARGE_LR = {"full": 1e-4}
 MODELS = ("aligned", "plain", "defended")
 RATES = {
     "unwanted_rate": "complies with guarded requests (unwanted)",
@@ -76,12 +79,33 @@ def protection_table() -> str:
 
 def rivals_table() -> str:
     """Return all methods on the behaviours that the rivals were run on."""
-    return rivals(read_lines([RESULTS / "protection/runs.jsonl"]), ("guarded", "facts"))
+    return rivals(read_lines([RESULTS / "protection/runs.jsonl"]), ("guarded", "facts", "caps"))
+
+
+def large_table() -> str:
+    """Return the larger assistant's table: ours on every behaviour, and beside the published method."""
+    lines = read_lines([RESULTS / "protection/large.jsonl"])
+    both = rivals(lines, ("guarded", "facts", "sums", "caps"), LARGE_LR)
+    return f"{summary(lines, LARGE_LR)}\n\n{both}"
+
+
+def gpu_table() -> str:
+    """Return what was measured on a GPU, of all runs of `python -m benchmarks.gpu`."""
+    documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    rows = [gpu.Measured(**row) for document in documents for row in document["rows"]]
+    return gpu.table([row for row in rows if row.seconds is not None]).strip()
 
 
 def filled(text: str) -> str:
     """Return the README with its tables made anew."""
-    tables = {"demo": demo_table, "protection": protection_table, "rivals": rivals_table, "speed": speed_table}
+    tables = {
+        "demo": demo_table,
+        "protection": protection_table,
+        "large": large_table,
+        "rivals": rivals_table,
+        "speed": speed_table,
+        "gpu": gpu_table,
+    }
     for name, table in tables.items():
         mark = f"<!-- {name} table"
         before, rest = text.split(mark, 1)

@@ -5,13 +5,13 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.jobs import JOBS, Subject
+from benchmarks.gpu.jobs import JOBS, Job, Subject
 from benchmarks.gpu.measure import Measured, table
 from benchmarks.gpu.shapes import REAL, SHAPES, SMALL, TOY, build, random_vector
 from benchmarks.speed.checkpoint import RANK
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--toy", action="store_true", help="a tiny model, also on a CPU: shows only that it runs")
     parser.add_argument("--shape", action="append", choices=tuple(SHAPES), help="measure this model alone; repeat")
+    parser.add_argument("--job", action="append", choices=tuple(JOBS), help="do this alone; repeat, in that order")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each way of training")
     parser.add_argument("--budget-s", type=float, default=400, help="no job is begun after so many seconds")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -31,23 +32,25 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.toy and not torch.cuda.is_available():
         parser.error("expected a GPU, found none; --toy shows on a CPU that the program runs")
     until = time.monotonic() + options.budget_s
-    rows = list(measured(options.shape or list(SHAPES), options.toy, options.steps, until))
+    shapes, jobs = options.shape or list(SHAPES), [JOBS[name] for name in options.job or JOBS]
+    rows = list(measured(shapes, jobs, options.toy, options.steps, until))
     text = about(options.toy, options.steps) + "\n" + table(rows)
     print(text)
     if options.json:
-        document = {"machine": device(), "toy": options.toy, "steps": options.steps, "rows": [asdict(r) for r in rows]}
+        about_run = {"machine": device(), "torch": torch.__version__, "toy": options.toy, "steps": options.steps}
+        document = {**about_run, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(text)
 
 
-def measured(shapes: list[str], toy: bool, steps: int, until: float) -> Iterator[Measured]:
+def measured(shapes: Sequence[str], jobs: Sequence[Job], toy: bool, steps: int, until: float) -> Iterator[Measured]:
     """Yield the rows of all models, one model at a time; what does not fit or has no time left says so."""
     configs = TOY if toy else {name: SHAPES[name] for name in shapes}
     for name, config in configs.items():
         model = build(config, default_device())
         subject = Subject(name, model, random_vector(model), SMALL if toy else REAL, steps)
-        for job in JOBS:
+        for job in jobs:
             if time.monotonic() > until:
                 yield Measured(name, job.__name__, "", note="not measured: out of time")
                 continue

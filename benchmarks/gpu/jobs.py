@@ -20,6 +20,8 @@ from secvec.sites import linear_sites
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
+Job = Callable[["Subject"], Iterator[Measured]]
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -112,7 +114,7 @@ def full(subject: Subject) -> Iterator[Measured]:
         yield from _training(subject, subject.model, "full fine-tuning", whole=True)
 
 
-JOBS: tuple[Callable[[Subject], Iterator[Measured]], ...] = (generation, fit, lora, full, fold)
+JOBS: Mapping[str, Job] = {job.__name__: job for job in (generation, fit, lora, full, fold)}
 
 
 def _training(subject: Subject, model: Any, what: str, *, whole: bool) -> Iterator[Measured]:

@@ -1,6 +1,9 @@
-"""The README's tables of protection, from the lines of results: ours beside plain and oracle, and beside the rivals."""
+"""The README's tables of protection, from the lines of results: ours beside plain and oracle, and beside the rivals.
 
-from collections.abc import Callable, Sequence
+best_lr: for each tuning the step size at which plain fine-tuning of the lines' model is best; other lines are left out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.methods import CONTROLS, METHODS
@@ -14,12 +17,12 @@ from benchmarks.testbed.mixes import is_style
 _ORDER = ("plain", "oracle", "ours")
 
 
-def summary(lines: Sequence[Line]) -> str:
+def summary(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> str:
     """Return a row for each behaviour, skill and tuning at the best plain step size, over the seeds that ours has."""
     head = ("rows", "seeds", "unwanted: plain, ours", "training-like: ours", "wanted: plain, oracle, ours")
     head += ("old skills: plain, oracle, ours", "learned of the unwanted (plain = 1)")
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    mine = [line for line in lines if _is_main(line)]
+    mine = [line for line in lines if _is_main(line, best_lr)]
     for behaviour, skill, tuning in dict.fromkeys((x["behaviour"], x["skill"], x["tuning"]) for x in mine):
         group = [x for x in mine if (x["behaviour"], x["skill"], x["tuning"]) == (behaviour, skill, tuning)]
         if seeds := sorted(x["seed"] for x in group if x["method"] == "ours"):
@@ -27,9 +30,9 @@ def summary(lines: Sequence[Line]) -> str:
     return "\n".join(out)
 
 
-def rivals(lines: Sequence[Line], behaviours: Sequence[str]) -> str:
+def rivals(lines: Sequence[Line], behaviours: Sequence[str], best_lr: Mapping[str, float] = BEST_LR) -> str:
     """Return a row for each method, at the default of its dial, over the seeds that all have; full fine-tuning."""
-    mine = [x for x in lines if _is_main(x) and x["tuning"] == "full" and x["skill"] == "dashes"]
+    mine = [x for x in lines if _is_main(x, best_lr) and x["tuning"] == "full" and x["skill"] == "dashes"]
     groups = {b: _by_method([x for x in mine if x["behaviour"] == b]) for b in behaviours}
     head = ["method", *(f"{b}: unwanted, training-like, wanted, old, score" for b in behaviours)]
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -41,10 +44,10 @@ def rivals(lines: Sequence[Line], behaviours: Sequence[str]) -> str:
     return "\n".join(out)
 
 
-def _is_main(line: Line) -> bool:
+def _is_main(line: Line, best_lr: Mapping[str, float]) -> bool:
     """Tell whether a line is a run at the best plain step size with the default settings."""
     cell = Cell.of(line)
-    base = Cell("", "", tuning=cell.tuning, lr=BEST_LR[cell.tuning], skill=cell.skill)
+    base = Cell("", "", tuning=cell.tuning, lr=best_lr.get(cell.tuning, 0.0), skill=cell.skill)
     [usual] = of((cell.behaviour,), (cell.method,), (cell.seed,), base)
     return cell == usual and "refused" not in line and cell.method != "aligned"
 
