@@ -31,10 +31,13 @@ def summary(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> st
 
 
 def rivals(lines: Sequence[Line], behaviours: Sequence[str], best_lr: Mapping[str, float] = BEST_LR) -> str:
-    """Return a row for each method, at the default of its dial, over the seeds that all have; full fine-tuning."""
+    """Return a row for each method, at the default of its dial, over the seeds that all but the controls have.
+
+    Full fine-tuning on the first wanted skill.
+    """
     mine = [x for x in lines if _is_main(x, best_lr) and x["tuning"] == "full" and x["skill"] == "dashes"]
     groups = {b: _by_method([x for x in mine if x["behaviour"] == b]) for b in behaviours}
-    head = ["method", *(f"{b}: unwanted, training-like, wanted, old, score" for b in behaviours)]
+    head = ["method", *(f"{b}{_seeds(groups[b])}: unwanted, training-like, wanted, old, score" for b in behaviours)]
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method in METHODS:
         shown = [_rival(groups[b].get(method, [])) for b in behaviours]
@@ -79,11 +82,16 @@ def _mean(group: Sequence[Line], key: str, worst: Callable[[list[float]], float]
 
 
 def _by_method(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Group by method, with the seeds that every method has."""
+    """Group by method, with the seeds that every method but the controls has."""
     methods = list(dict.fromkeys(x["method"] for x in lines))
-    seeds = [{x["seed"] for x in lines if x["method"] == method} for method in methods]
+    seeds = [{x["seed"] for x in lines if x["method"] == method} for method in methods if method not in CONTROLS]
     common = set[int].intersection(*seeds) if seeds else set[int]()
     return {m: [x for x in lines if x["method"] == m and x["seed"] in common] for m in methods}
+
+
+def _seeds(groups: Mapping[str, Sequence[Line]]) -> str:
+    found = sorted({x["seed"] for group in groups.values() for x in group})
+    return f" (seeds {', '.join(map(str, found))})" if found else ""
 
 
 def _rival(group: Sequence[Line]) -> str:
