@@ -91,7 +91,7 @@ def _by_method(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 def _seeds(groups: Mapping[str, Sequence[Line]]) -> str:
     found = sorted({x["seed"] for group in groups.values() for x in group})
-    return f" (seeds {', '.join(map(str, found))})" if found else ""
+    return f" (seed{'s' * (len(found) > 1)} {', '.join(map(str, found))})" if found else ""
 
 
 def _rival(group: Sequence[Line]) -> str:
