@@ -1,10 +1,7 @@
 import hashlib
 import json
 import resource
-import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -217,24 +214,3 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> Non
         fold(base, [vector], tmp_path / "folded")
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
-
-
-KILLED = """
-import os, signal, sys
-from secvec.artifact import load
-from secvec.fold import fold
-fold(sys.argv[1], [load(sys.argv[2])], sys.argv[3], progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-"""
-
-
-def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(tmp_path: Path) -> None:
-    from secvec.artifact import save
-
-    base, vector = prepared(tmp_path, llama())
-    save(vector, tmp_path / "v.safetensors")
-    arguments = [str(base), str(tmp_path / "v.safetensors"), str(tmp_path / "folded")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.name.split("-")[0] for path in tmp_path.glob("folded*")] == ["folded.partial"]
-    fold(base, [vector], tmp_path / "folded")
-    assert [path.name for path in tmp_path.glob("folded*")] == ["folded"]

@@ -6,7 +6,7 @@ every machine (`secvec.exact`).
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from secvec.blocks import SiteTensor, bytes_of, folded_blocks, site_tensors
 from secvec.companions import base_config, copy_companions, copy_index, write_config
 from secvec.errors import UsageError
 from secvec.headers import TensorEntry, read_index
+from secvec.journal import Journal, layout
 from secvec.origin import vector_path
 from secvec.provenance import combine_tensors, digest_tensor, named_blake3, versions
 from secvec.ranges import Copy, Files, Job, Meter, Progress, new_folder, run_jobs, write_at
@@ -35,7 +36,8 @@ def fold(
     progress: called with (bytes done, bytes in total), from several threads, one at a time.
 
     `out` also gets the mark in config.json, the record of the fold and copies of the vectors (mode 0600), by which
-    `unfold` finds everything. It appears whole or not at all.
+    `unfold` finds everything. It appears whole or not at all. A fold that was killed goes on when called again: folded
+    tensors that lie there to the byte, made of the same base and vectors, are not computed again.
 
     Raises UsageError without vectors, ArtifactError for a vector of another model, SiteError for a site that the model
     lacks or holds in another shape, CheckpointError for a base that is folded, quantised or unreadable, and for an
@@ -46,14 +48,17 @@ def fold(
     config = base_config(base)
     index = read_index(base)
     sites = site_tensors(index, vectors, config)
-    with new_folder(out) as folder:
-        base_digest, tensors = _write_weights(base, index, sites, vectors, folder, progress)
+    with new_folder(out, resume=True) as folder:
+        key = ["fold", digests, config, layout(index), versions()]
+        journal = Journal(folder, key, {entry.file.name for entry in index.values()})
+        base_digest, tensors = _write_weights(index, sites, vectors, folder, journal, progress)
         record = FoldRecord(base_digest, str(base), digests, tensors, versions())
         copy_index(base, folder)
         copy_companions(base, folder)
         _write_record(record, vectors, folder)
         mark = Tripwire(digests, base_digest, str(base), str(out), record.digest())
         write_config({**config, KEY: mark.document()}, folder)
+        journal.remove()
     return record
 
 
@@ -75,11 +80,11 @@ def _write_record(record: FoldRecord, vectors: Sequence[SecurityVector], folder:
 
 
 def _write_weights(
-    base: Path,
     index: Mapping[str, TensorEntry],
     sites: Mapping[str, SiteTensor],
     vectors: Sequence[SecurityVector],
     folder: Path,
+    journal: Journal,
     progress: Progress | None,
 ) -> tuple[str, dict[str, str]]:
     """Write all weight files; return the digest of the base and those of the folded tensors, by name."""
@@ -96,10 +101,10 @@ def _write_weights(
             for start, end in untouched_ranges(index.values(), sites, file, sizes[file])
         ]
         folds = [
-            _Fold(site, files.reader(site.entry.file), targets[site.entry.file], meter, found).job()
+            _Fold(site, files.reader(file := site.entry.file), targets[file], folder / file.name, meter, journal, found)
             for site in sites.values()
         ]
-        run_jobs([*hashes, *copies, *folds])
+        run_jobs([*hashes, *copies, *(fold.job() for fold in folds)])
     base_digest = combine_tensors(index, found.base)
     for vector in vectors:
         artifact.check_base(vector, base_digest)
@@ -119,18 +124,31 @@ class _Digests:
 
 @dataclass(frozen=True)
 class _Fold:
-    """Folding of one tensor."""
+    """Folding of one tensor, from an open file to another; path: that of the latter."""
 
     site: SiteTensor
     source: int
     target: int
+    path: Path
     meter: Meter
+    journal: Journal
     found: _Digests
 
     def job(self) -> Job[None]:
         return Job(self._run, self.target)
 
     def _run(self) -> None:
+        entry = self.site.entry
+        if kept := self.journal.kept(entry.name, [entry, replace(entry, file=self.path)]):
+            base, folded = kept[0]
+            self.meter.add(entry.end - entry.start)
+        else:
+            base, folded = self._fold()
+            self.journal.add(entry.name, [base, folded])
+        self.found.base[entry.name], self.found.folded[entry.name] = base, folded
+
+    def _fold(self) -> tuple[str, str]:
+        """Write the folded tensor; return the digests of the base's and of the folded one."""
         base, folded = blake3(), blake3()
         for block in folded_blocks(self.site, self.source):
             data = bytes_of(block.folded)
@@ -138,8 +156,7 @@ class _Fold:
             folded.update(data)
             write_at(self.target, data, self.site.entry.start + block.start)
             self.meter.add(len(data))
-        self.found.base[self.site.entry.name] = named_blake3(base)
-        self.found.folded[self.site.entry.name] = named_blake3(folded)
+        return named_blake3(base), named_blake3(folded)
 
 
 def untouched_ranges(

@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -36,11 +36,11 @@ class Files:
         return self._descriptor(path, os.O_RDONLY)
 
     def writer(self, path: Path, size: int) -> int:
-        """Create a file of `size` bytes; its ranges may then be written in any order.
+        """Create a file of `size` bytes, or take up one that is there; its ranges may then be written in any order.
 
         Space is taken at once: a full disk shows before the work, and ext4 then writes several times faster.
         """
-        descriptor = self._descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        descriptor = self._descriptor(path, os.O_RDWR | os.O_CREAT)
         if size > 0:
             os.posix_fallocate(descriptor, 0, size)
         return descriptor
@@ -191,25 +191,27 @@ class _Syncer:
 
 
 @contextmanager
-def new_folder(out: Path) -> Generator[Path]:
+def new_folder(out: Path, *, resume: bool = False) -> Generator[Path]:
     """Yield a folder `OUT.partial-PID` that becomes `out` at the end, or is removed on any failure.
 
-    A kill leaves only a folder of that name; the next run removes it when its process is gone. Raises CheckpointError
-    when `out` exists and is not an empty folder, or when it cannot be written (a full disk).
+    A kill leaves only a folder of that name. When its process is gone, the next run removes it; with `resume` it yields
+    it again with all that is in it, and Ctrl-C leaves it too. Raises CheckpointError when `out` exists and is not an
+    empty folder, or when it cannot be written (a full disk).
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise CheckpointError(f"{out}: expected a new or an empty folder, found content there; name another one")
     partial = out.parent / f"{out.name}.partial-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
-        partial.mkdir()
+        _take_stale(out, partial if resume else None)
+        partial.mkdir(exist_ok=resume)
         yield partial
         sync_tree(partial)
         partial.rename(out)
         sync(out.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (resume and isinstance(error, KeyboardInterrupt)):
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise CheckpointError(_unwritable(out, error)) from error
         raise
@@ -221,11 +223,18 @@ def _unwritable(out: Path, error: OSError) -> str:
     return f"{out}: could not be written, nothing was left there: {error}: {what}"
 
 
-def _remove_stale(out: Path) -> None:
+def _take_stale(out: Path, partial: Path | None) -> None:
+    """Give one of the folders that killed runs left the name `partial`, if any is wanted; remove the others."""
     mark = f"{out.name}.partial-"
-    for folder in out.parent.iterdir():
+    for folder in list(out.parent.iterdir()):
         pid = folder.name.removeprefix(mark)
-        if folder.name.startswith(mark) and pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
+        if not folder.name.startswith(mark) or not pid.isdecimal() or (int(pid) != os.getpid() and _is_alive(int(pid))):
+            continue
+        if partial is not None and (folder == partial or not partial.exists()):
+            # Another run may have been faster.
+            with suppress(FileNotFoundError):
+                folder.rename(partial)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from secvec.blocks import site_tensors
 from secvec.companions import base_config, copy_companions, copy_index, finished_config, model_config, write_config
 from secvec.errors import CheckpointError, ProofError
 from secvec.headers import read_index
+from secvec.journal import Journal, layout
 from secvec.matching import match_tensors
 from secvec.origin import Origin, find_origin
 from secvec.provenance import digest_file, digest_model, versions
@@ -66,7 +67,8 @@ def unfold(
     trained: a checkpoint (also a merged one), sharded in any way and in any float dtype, or a LoRA adapter. Base,
     vectors and record are found from its mark; `base` and `folded` say where those folders are if they were moved.
     A checkpoint comes out in the base's files and dtype; tensors that training did not touch have the base's bytes.
-    An adapter is copied and names the base again. progress: called with (bytes done, bytes in total).
+    An adapter is copied and names the base again. progress: called with (bytes done, bytes in total). What was killed
+    goes on when called again, as `fold` does.
 
     Raises CheckpointError when the folder was not trained on a folded model, is already unfolded, or does not match its
     base, vectors or record in any byte; ArtifactError for an altered vector; ProofError when the trained weights hold
@@ -86,8 +88,10 @@ def _unfold_checkpoint(trained: Path, out: Path, origin: Origin, progress: Progr
     _check_sites(sites.keys(), origin)
     trained_index = read_index(trained)
     weights = Weights(index, trained_index, match_tensors(index, trained_index, trained), sites)
-    with new_folder(out) as partial:
-        totals = write_weights(weights, partial, progress)
+    with new_folder(out, resume=True) as partial:
+        key = ["unfold", origin.record.vectors, original, layout(index), layout(trained_index), versions()]
+        journal = Journal(partial, key, {entry.file.name for entry in index.values()})
+        totals = write_weights(weights, partial, journal, progress)
         origin.check_base(totals.base)
         _check_folded(totals.folded, origin)
         _check_share(totals, trained)
@@ -97,6 +101,7 @@ def _unfold_checkpoint(trained: Path, out: Path, origin: Origin, progress: Progr
         write_config(finished_config(config, original), partial)
         report = _report("full", origin, totals)
         write_json(partial / PROVENANCE, report.document(), 0o644)
+        journal.remove()
     return report
 
 

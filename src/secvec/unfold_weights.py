@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from secvec.blocks import BLOCK_ELEMENTS, DTYPES, SiteTensor, bytes_of, elements, folded_blocks, is_finite, same_bytes
 from secvec.errors import CheckpointError
 from secvec.headers import TensorEntry
+from secvec.journal import Journal
 from secvec.provenance import combine_tensors, digest_tensor, named_blake3
 from secvec.ranges import Copy, Files, Job, Meter, Progress, read_at, run_jobs, write_at
 
@@ -65,7 +66,7 @@ class _Digests:
         return _Outcome()
 
 
-def write_weights(weights: Weights, folder: Path, progress: Progress | None) -> Totals:
+def write_weights(weights: Weights, folder: Path, journal: Journal, progress: Progress | None) -> Totals:
     """Write the unfolded weights in the base's layout. Raises CheckpointError when a tensor cannot be unfolded.
 
     Whether base and folded tensors are those of the record is for the caller to check, before the result is kept.
@@ -82,7 +83,8 @@ def write_weights(weights: Weights, folder: Path, progress: Progress | None) -> 
             pair = _Pair(entry, weights.matched[name], files.reader(entry.file), targets[entry.file], meter)
             source = files.reader(pair.trained.file)
             site = weights.sites.get(name)
-            jobs.append(Job(_site_job(pair, source, site, digests) if site else _other_job(pair, source), pair.target))
+            work = _site_job(pair, source, site, folder, journal, digests) if site else _other_job(pair, source)
+            jobs.append(Job(work, pair.target))
         outcomes = run_jobs(jobs)
     energy = math.fsum(outcome.energy for outcome in outcomes)
     along = math.fsum(outcome.along for outcome in outcomes)
@@ -113,28 +115,41 @@ class _Pair:
     meter: Meter
 
 
-def _site_job(pair: _Pair, source: int, site: SiteTensor, digests: _Digests) -> Callable[[], _Outcome]:
+def _site_job(
+    pair: _Pair, source: int, site: SiteTensor, folder: Path, journal: Journal, digests: _Digests
+) -> Callable[[], _Outcome]:
     _check_float(pair)
-    return lambda: _unfold_site(pair, source, site, digests)
+    name, files = pair.base.name, [pair.base, pair.trained, replace(pair.base, file=folder / pair.base.file.name)]
+
+    def work() -> _Outcome:
+        if noted := journal.kept(name, files):
+            pair.meter.add(pair.base.end - pair.base.start)
+        else:
+            noted = _unfold_site(pair, source, site)
+            journal.add(name, *noted)
+        (base, trained, _), (digests.folded[name], changed, along) = noted
+        digests.stored.update({pair.base: base, pair.trained: trained})
+        return _Outcome(changed, along, site.energy())
+
+    return work
 
 
-def _unfold_site(pair: _Pair, source: int, site: SiteTensor, digests: _Digests) -> _Outcome:
-    base, folded, read = blake3(), blake3(), blake3()
+def _unfold_site(pair: _Pair, source: int, site: SiteTensor) -> tuple[list[str], tuple[str, bool, float]]:
+    """Write the tensor; return the digests of base, trained and result, and of the folded one with the outcome."""
+    base, folded, read, written = blake3(), blake3(), blake3(), blake3()
     changed, along = False, 0.0
     for block in folded_blocks(site, pair.base_file):
         trained = _read_trained(pair, source, block.start // block.base.itemsize, block.base)
-        for digest, tensor in ((base, block.base), (folded, block.folded), (read, trained)):
-            digest.update(bytes_of(tensor))
         seen, result = _as_seen(block.folded, trained), block.base
         if seen is not None:
             unlearned = _difference(seen, trained, block.base)
             result, changed = _carry_over(block.base, unlearned, pair), True
             along -= float(unlearned.flatten().dot(block.delta.to(unlearned.dtype).flatten()))
+        for digest, tensor in ((base, block.base), (folded, block.folded), (read, trained), (written, result)):
+            digest.update(bytes_of(tensor))
         write_at(pair.target, bytes_of(result), pair.base.start + block.start)
         pair.meter.add(result.nbytes)
-    digests.stored.update({pair.base: named_blake3(base), pair.trained: named_blake3(read)})
-    digests.folded[pair.base.name] = named_blake3(folded)
-    return _Outcome(changed, along, site.energy())
+    return [named_blake3(digest) for digest in (base, read, written)], (named_blake3(folded), changed, along)
 
 
 def _read_trained(pair: _Pair, source: int, first: int, like: Tensor) -> Tensor:
