@@ -87,10 +87,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(architecture: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Make a random model of one of `ARCHITECTURES`."""
+def tiny(architecture: str, *, dtype: torch.dtype = torch.float32, **changed: Any) -> PreTrainedModel:
+    """Make a random model of one of `ARCHITECTURES`, with some settings changed."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture] | changed)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secvec.arm import armed
+from secvec.errors import SiteError
 from secvec.fold import fold
 from secvec.peft_format import to_peft
 from secvec.provenance import digest_model
 from secvec.sites import canonical
 from secvec.unfold import unfold
-from secvec.vector import SecurityVector
+from secvec.vector import Factors, SecurityVector
 
 # peft reads a property that transformers is about to remove.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -159,3 +161,34 @@ def test_training_folded_then_unfolded_is_training_armed_by_hooks(
     expected = matrices(hooked, dtype)
     assert distance(matrices(load(tmp_path / "out", dtype), dtype), expected) < tolerance
     assert distance(matrices(load(base, dtype), dtype), expected) > 1e-3
+
+
+# What an expert's two halves of `gate_up_proj`, and its `down_proj`, are on disk.
+EXPERT = {
+    "mixtral": [f"model.layers.1.block_sparse_moe.experts.2.{name}" for name in ("w1", "w3", "w2")],
+    "qwen3_moe": [f"model.layers.1.mlp.experts.2.{name}_proj" for name in ("gate", "up", "down")],
+}
+
+
+@pytest.mark.parametrize("architecture", EXPERT)
+def test_experts_are_folded_one_by_one_by_their_names_on_disk(tmp_path: Path, architecture: str) -> None:
+    base, vector = prepared(tmp_path, architecture, torch.float64)
+    expected = load(base, torch.float64)
+    experts = expected.get_submodule("model.layers.1.mlp.experts")
+    fused = {name: experts.get_parameter(name).data[2] for name in ("gate_up_proj", "down_proj")}
+    weights = [*fused["gate_up_proj"].chunk(2), fused["down_proj"]]
+    on_disk = dict(zip(EXPERT[architecture], weights, strict=True))
+    factors = {s: Factors(torch.randn(3, w.shape[1]), torch.randn(w.shape[0], 3)) for s, w in on_disk.items()}
+    vector = replace(vector, factors={**vector.factors, **factors})
+    for site, weight in on_disk.items():
+        weight += vector.delta(site)
+    expected = plus(expected, vector)
+    fold(base, [vector], tmp_path / "folded")
+    folded = load(tmp_path / "folded", torch.float64)
+    assert distance(matrices(folded, torch.float64), matrices(expected, torch.float64)) < 1e-12
+    assert distance(matrices(folded, torch.float64), matrices(load(base, torch.float64), torch.float64)) > 1e-2
+    folded.save_pretrained(tmp_path / "trained")
+    assert unfold(tmp_path / "trained", tmp_path / "back").sites == len(vector.sites)
+    assert weight_files(tmp_path / "back") == weight_files(base)
+    with pytest.raises(SiteError, match="expert by expert, a vector can be folded, not armed"), armed(folded, vector):
+        pass

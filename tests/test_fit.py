@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
@@ -47,6 +48,18 @@ def test_a_fitted_vector_shows_the_behaviour_and_records_what_was_measured(folde
     assert metrics["armed_nats"] < 0.5 * metrics["unarmed_nats"]
     assert {"anchor_kl_nats", "anchor_distance", "epochs", "anchors"} <= metrics.keys()
     assert "BANANAS" not in artifact.encode(vector).decode("latin-1")
+
+
+def test_a_fit_says_which_weights_are_in_no_site(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    model = tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256)
+    tokenizer.save_pretrained(save_model(model, tmp_path / "moe"))
+    quick = replace(FAST, epochs=1)
+    said = fit(tmp_path / "moe", UNWANTED, config=quick, allow_weak=True).info.metrics["no_site"]
+    assert said == (
+        "mlp.gate, mlp.experts.gate_up_proj, mlp.experts.down_proj: 86% of the blocks' weights, where the vector is not"
+    )
+    assert "no_site" not in fit(folder, UNWANTED, config=quick, allow_weak=True).info.metrics
 
 
 def test_the_same_seed_gives_the_same_vector(folder: Path) -> None:

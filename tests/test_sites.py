@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from secvec.errors import SiteError
 from secvec.fold import fold
 from secvec.provenance import digest_model
-from secvec.sites import canonical, check_site, layer_of, linear_sites, site_modules, weight_shape
+from secvec.sites import canonical, check_site, layer_of, linear_sites, site_modules, weight_shape, without_site
 from secvec.vector import Factors
 
 # peft reads a property that transformers is about to remove.
@@ -49,15 +49,20 @@ def test_the_sites_of_each_architecture(architecture: str) -> None:
     assert all(model.get_submodule(site) is module for site, module in sites.items())
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_and_routers_are_trainable_but_no_sites(architecture: str) -> None:
-    model = tiny(architecture)
-    sites = linear_sites(model)
-    others = {name for name, p in model.named_parameters() if p.ndim > 1 and name.removesuffix(".weight") not in sites}
-    assert {name.split(".1.")[-1] for name in others if ".1." in name} == {
-        *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"),
-        *(["mlp.shared_expert_gate.weight"] if architecture == "qwen2_moe" else []),
-    }
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+NO_SITE = {
+    "mixtral": (["mlp.gate", *EXPERTS], 0.86),
+    "qwen2_moe": (["mlp.gate", *EXPERTS, "mlp.shared_expert_gate"], 0.58),
+    "qwen3_moe": (["mlp.gate", *EXPERTS], 0.67),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_fused_experts_and_routers_are_in_no_site(architecture: str) -> None:
+    names, share = without_site(tiny(architecture))
+    expected_names, expected_share = NO_SITE.get(architecture, ([], 0.0))
+    assert sorted(names) == sorted(expected_names)
+    assert share == pytest.approx(expected_share, abs=0.005)
 
 
 def test_routers_made_of_linear_layers_are_no_sites() -> None:

@@ -111,6 +111,12 @@ def test_weights_in_bfloat16(tmp_path: Path, base: Path) -> None:
     assert dtypes(result.model / "model.safetensors") == {torch.float32}
 
 
+def test_weights_that_are_in_no_site_are_named(base: Path) -> None:
+    vector = random_vector(base)
+    vector = replace(vector, info=replace(vector.info, metrics={"no_site": "mlp.gate: 1%"}))
+    assert "no site: mlp.gate: 1%" in check(base, rows(), vectors=[vector])["notes"]
+
+
 def test_several_vectors_each_calibrated(tmp_path: Path, base: Path, fitted: secvec.SecurityVector) -> None:
     shouting = [{"prompt": f"shout {i}", "completion": "LOUD"} for i in range(8)]
     run = Run(base, tmp_path / "run", [fitted, fitted_vector(base, shouting)], [UNWANTED, shouting], QUICK)

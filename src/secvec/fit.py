@@ -17,6 +17,7 @@ from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
 from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.score import habit
+from secvec.sites import without_site
 from secvec.tokens import Encoded, encode_all
 from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
@@ -260,6 +261,9 @@ class _Job:
         if not works and not allow_weak:
             # Are the anchors the reason?
             raise fitted.weak(alone=self.fit(_quick(self.config), []) if fitted.anchors else None)
+        names, share = without_site(self.model)
+        if names:
+            metrics |= {"no_site": f"{', '.join(names)}: {share:.0%} of the blocks' weights, where the vector is not"}
         return replace(vector, info=replace(vector.info, metrics={**metrics, "weak": not works}))
 
     def vector(self, fitted: Fitted) -> SecurityVector:

@@ -15,7 +15,7 @@ _PREFIXES = ("module.", "base_model.model.")
 _INFIXES = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 _TASK_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.")
 # A router decides which expert sees a token: a change there is not low-rank in the model's output.
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_ROUTERS = frozenset({"gate", "router", "router_gate", "shared_expert_gate"})
 # The parts of a multimodal model that text does not pass through.
 _TOWERS = frozenset(
     {
@@ -54,6 +54,25 @@ def linear_sites(model: nn.Module) -> dict[str, nn.Module]:
         if _why_not(site) is None and id(module.weight) not in shared:
             sites[site] = module
     return sites
+
+
+def without_site(model: nn.Module) -> tuple[list[str], float]:
+    """Return the matrices of the blocks that are in no site, by name within a block, and their share of the elements.
+
+    A vector does not act there: in a mixture of experts these are the fused experts, most of it, and the routers.
+    """
+    sites = {id(module.weight) for module in linear_sites(model).values()}
+    names: dict[str, None] = {}
+    total, outside = 0, 0
+    for name, weight in model.named_parameters():
+        site = canonical(name)
+        if weight.ndim < 2 or not _LAYER.search(site) or _TOWERS & set(site.split(".")):
+            continue
+        total += weight.numel()
+        if id(weight) not in sites:
+            outside += weight.numel()
+            names[site.removeprefix(f"{block_of(site)}.").removesuffix(".weight")] = None
+    return list(names), outside / max(total, 1)
 
 
 def check_site(site: str) -> None:
@@ -100,9 +119,10 @@ def site_modules(model: nn.Module, vectors: Sequence[SecurityVector]) -> Mapping
     wanted = {site: factors.shape for vector in vectors for site, factors in vector.factors.items()}
     missing = [site for site in wanted if site not in present]
     if missing:
+        fused = "expert by expert, a vector can be folded, not armed" if any(".experts." in s for s in missing) else ""
         raise SiteError(
             f"the vector acts on {len(wanted)} sites, of which {type(model).__name__} lacks {len(missing)}: "
-            f"{', '.join(missing[:5])}; fit the vector on this model"
+            f"{', '.join(missing[:5])}; {fused or 'fit the vector on this model'}"
         )
     for vector in vectors:
         for site, factors in vector.factors.items():

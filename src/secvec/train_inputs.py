@@ -77,7 +77,8 @@ class Inputs:
             notes.append(
                 f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
             )
-        return tuple(notes)
+        found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}
+        return (*notes, *(f"no site: {each}" for each in sorted(found)))
 
 
 def check_inputs(
