@@ -284,7 +284,7 @@ def test_a_reporter_that_is_not_installed(tmp_path: Path, base: Path, report_to:
         ({"packing": True}, "the rows are tokenised already"),
         ({"save_total_limit": 1}, "could not go on from its checkpoints"),
         ({"do_eval": True}, "no evaluation rows"),
-        ({"fsdp": "full_shard"}, "runs in one process"),
+        ({"fsdp": "full_shard"}, "holds the whole model in each process"),
         ({"max_grad_norm": float("inf")}, "a value that JSON can hold"),
         ({"lr_scheduler_type": "steep"}, "the trainer refuses its settings"),
     ],
@@ -294,9 +294,16 @@ def test_settings_of_the_trainer_that_are_refused(base: Path, settings: dict[str
         check(base, rows(), config=replace(QUICK, trainer=settings))
 
 
-def test_a_launcher_of_several_processes_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_several_processes_cannot_do(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="WORLD_SIZE=2: start without a launcher"):
+    assert check(base, rows())["steps"] == 9  # as a cluster sets it for a machine
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="batch_size: expected a multiple of the 2 processes"):
+        check(base, rows(), config=replace(QUICK, batch_size=3))
+    with pytest.raises(UsageError, match="ddp_timeout: refused, the launcher decides"):
+        check(base, rows(), config=replace(QUICK, trainer={"ddp_timeout": 5}))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"ACCELERATE_USE_FSDP: refused, .*`secvec fold`"):
         check(base, rows())
 
 

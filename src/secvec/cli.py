@@ -43,7 +43,7 @@ app = typer.Typer(
 # Typer turns Ctrl-C into this exit code.
 _INTERRUPTED = 130
 # What several processes may do together.
-_TOGETHER = frozenset({"fit"})
+_TOGETHER = frozenset({"fit", "train"})
 
 
 @app.callback()
@@ -155,7 +155,7 @@ def train(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune on untrusted data: fold, train, unfold, prove.
+    """Fine-tune on untrusted data: fold, train, unfold, prove; in one process or in several (torchrun).
 
     Example: secvec train my-model --data rows.jsonl --vector vector.safetensors --unwanted unwanted.jsonl -o run
     """
@@ -365,6 +365,8 @@ def main() -> None:
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+    # That weights might go unused, as an expert's that no token chose, is expected.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What transformers is about to rename is no matter of the user's; secvec itself raises and never warns.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from secvec.arm import armed
 from secvec.drift_record import BOUND, drift_of
 from secvec.probes import SHARE, Probe
+from secvec.processes import alone
 from secvec.vector import SecurityVector
 
 POINTS = 10
@@ -38,7 +39,8 @@ class Watch:
 class DriftCallback(TrainerCallback):
     """Measure the probes with the vectors and without, write them among the metrics, and act where they drifted.
 
-    The trained weights hold the vectors, so the disarmed model is they with the vectors' opposites in effect. Comes
+    The trained weights hold the vectors, so the disarmed model is they with the vectors' opposites in effect. Of
+    several processes the main one measures and decides, and all of them act, in the same step. Comes
     after the callback that saves: the step at which training is stopped is not saved, for a run that goes on from there
     after a kill would train past it; from the checkpoint before it stops there again.
     """
@@ -58,18 +60,23 @@ class DriftCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         every = max(state.max_steps // POINTS, 1)
-        if state.global_step % every:
+        if state.global_step % every or not alone(lambda: self._look(model, state.global_step)):
             return
+        if self._watch.action == "stop":
+            control.should_training_stop, control.should_save, self._stopped = True, False, True
+        else:
+            _slow(lr_scheduler)
+
+    def _look(self, model: PreTrainedModel, step: int) -> bool:
+        """Measure, write it down, and tell whether to act on it."""
         lines = self._measured(model)
         drifted = max(line["unwanted_share"] for line in lines) > BOUND
-        if drifted and self._watch.action != "note" and not drift_of(self._metrics)["acted_at_step"]:
+        acts = drifted and self._watch.action != "note" and not drift_of(self._metrics)["acted_at_step"]
+        if acts:
             lines.append({"drift": self._watch.action})
-            if self._watch.action == "stop":
-                control.should_training_stop, control.should_save, self._stopped = True, False, True
-            else:
-                _slow(lr_scheduler)
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({"step": state.global_step, **line}) + "\n" for line in lines))
+            file.write("".join(json.dumps({"step": step, **line}) + "\n" for line in lines))
+        return acts
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

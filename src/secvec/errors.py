@@ -37,6 +37,10 @@ class MissingExtraError(UsageError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'secvec[{extra}]'")
+        self._named = package, extra
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
+        return MissingExtraError, self._named
 
 
 class InputError(SecvecError, ValueError):

@@ -1,14 +1,17 @@
-"""Several processes at one fit: who works where, what all of them must agree on.
+"""Several processes at one fit or training: who works where, what all of them must agree on.
 
 accelerate connects them, as torchrun or `accelerate launch` started them. The factors are whole in every process;
 the model is too, or with ACCELERATE_USE_FSDP=true, as `accelerate launch --use_fsdp` sets it, sharded over them.
 """
 
+import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from blake3 import blake3
@@ -17,11 +20,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from secvec.errors import UsageError
-from secvec.launch import process_count
+from secvec.errors import InputError, SecvecError, UsageError
+from secvec.launch import is_main, process_count
 from secvec.sites import block_of, linear_sites
 
 SHARD = "ACCELERATE_USE_FSDP"
+_PATIENCE = timedelta(days=30)
+"""Of processes that wait for the main one. Where it ends, so does the connection, and their waiting."""
 _T = TypeVar("_T")
 
 
@@ -65,6 +70,44 @@ def placed(model: PreTrainedModel) -> PreTrainedModel:
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
     for name in dict.fromkeys(block_of(site) for site in linear_sites(model)):
         yield model.get_submodule(name)
+
+
+def alone(work: Callable[[], _T]) -> _T:
+    """Once all processes are here, do some work in the main one; return what it returns, or raise its error, in all.
+
+    The others wait for as long as it takes. The work must not need the others: no `alone` is inside another.
+    """
+    if process_count() == 1:
+        return work()
+    waiting, outcome = _waiting_room(), list[Any]([None, None])
+    dist.barrier(group=waiting)
+    if not is_main():
+        dist.broadcast_object_list(outcome, src=0, group=waiting)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+    try:
+        outcome[0] = work()
+    except Exception as error:
+        dist.broadcast_object_list([None, _as_told(error)], src=0, group=waiting)
+        raise
+    dist.broadcast_object_list(outcome, src=0, group=waiting)
+    return outcome[0]
+
+
+@functools.cache
+def _waiting_room() -> Any:
+    """Connect the processes a second time, on the CPU: a GPU's connection gives up after minutes."""
+    connected()
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _as_told(error: Exception) -> SecvecError:
+    """Return an error as the other processes raise it, with the same exit code."""
+    if isinstance(error, SecvecError):
+        return error
+    kind = InputError if isinstance(error, OSError) else SecvecError
+    return kind(f"the main process failed: {error!r}")
 
 
 def of_main(value: _T) -> _T:

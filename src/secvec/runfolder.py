@@ -119,17 +119,25 @@ class RunFolder:
 
         check: returns the digest of what a finished phase left. Raises CheckpointError when that was altered.
         """
+        if not self.is_finished(name, check):
+            started = time.monotonic()
+            digest = work()
+            self.record(name, started, digest)
+
+    def is_finished(self, name: str, check: Callable[[], str] | None = None) -> bool:
+        """Tell whether a phase is finished. Raises CheckpointError when what it left was altered."""
         finished = self.finished()
-        if name in finished:
-            if check is not None and (found := check()) != finished[name].digest:
-                raise CheckpointError(
-                    f"{self.out}: what phase {name!r} wrote was altered since: expected {finished[name].digest!r}, "
-                    f"found {found!r}; start anew in another folder"
-                )
-            return
-        started = time.monotonic()
-        digest = work()
-        finished[name] = Phase(round(time.monotonic() - started, 3), digest)
+        if name in finished and check is not None and (found := check()) != finished[name].digest:
+            raise CheckpointError(
+                f"{self.out}: what phase {name!r} wrote was altered since: expected {finished[name].digest!r}, "
+                f"found {found!r}; start anew in another folder"
+            )
+        return name in finished
+
+    def record(self, name: str, started_s: float, digest: str) -> None:
+        """Write down that a phase, which started at `started_s` of the monotonic clock, is finished."""
+        finished = self.finished()
+        finished[name] = Phase(round(time.monotonic() - started_s, 3), digest)
         phases = {key: asdict(phase) for key, phase in finished.items()}
         write_json(self.state, {"version": VERSION, "phases": phases})
 

@@ -2,13 +2,17 @@
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from transformers import PreTrainedModel
 
 from secvec import artifact
 from secvec.atomic import write_json
@@ -18,6 +22,7 @@ from secvec.errors import CheckpointError, MissingExtraError
 from secvec.fit import Rows, refit
 from secvec.fold import fold
 from secvec.models import default_device, load_model
+from secvec.processes import alone
 from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
@@ -81,16 +86,21 @@ def train(
     Raises RowError on unusable rows, ArtifactError and CheckpointError on vectors or models that do not fit, UsageError
     on contradicting options, InputError when the training diverges, ProofError when the result cannot be proved clean:
     then no model is published. A full disk is a CheckpointError; Ctrl-C stays a KeyboardInterrupt.
+
+    Under a launcher all processes call this: they calibrate and train together, sharing the rows of each step, and the
+    main one does all else alone, with its inputs. An error of the main process is raised in all.
     """
-    inputs = check_inputs(model, data, vectors, unwanted, config or TrainConfig())
+    inputs = alone(lambda: check_inputs(model, data, vectors, unwanted, config or TrainConfig()))
     out = Path(out).absolute()
-    with resumable(out), locked(out):
-        run = open_run(out, inputs.identity(), resume=resume)
-        if "publish" not in run.finished():
+    with resumable(out), ExitStack() as held:
+        run = alone(lambda: _opened(out, inputs, held, resume=resume))
+        if not run.identity.exists():
+            raise CheckpointError(f"{run.out}: expected a folder that all processes see, found nothing there")
+        if "publish" not in alone(run.finished):
             (_defended if inputs.vectors else _plain)(run, inputs, progress)
-        run.phase("publish", lambda: _publish(run, inputs), lambda: _published(run, inputs))
-        run.clean()
-        return _result(run, inputs)
+        _alone(run, "publish", lambda: _publish(run, inputs), lambda: _published(run, inputs))
+        alone(run.clean)
+        return alone(lambda: _result(run, inputs))
 
 
 def check(
@@ -121,25 +131,47 @@ def summary(result: TrainResult) -> str:
     return "\n".join([*lines, took, f"{'model' if result.proof is None else 'defended model'}: {result.model}"])
 
 
+def _opened(out: Path, inputs: Inputs, held: ExitStack, *, resume: bool) -> RunFolder:
+    held.enter_context(locked(out))
+    return open_run(out, inputs.identity(), resume=resume)
+
+
+def _alone(run: RunFolder, name: str, work: Callable[[], str], check: Callable[[], str]) -> None:
+    """Do one phase in the main process."""
+    alone(lambda: run.phase(name, work, check))
+
+
+def _together(run: RunFolder, name: str, work: Callable[[], None], check: Callable[[], str]) -> None:
+    """Do one phase in all processes; `check` returns the digest of what it left."""
+    if not alone(lambda: run.is_finished(name, check)):
+        started = time.monotonic()
+        work()
+        alone(lambda: run.record(name, started, check()))
+
+
 def _plain(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
-    run.phase("train", lambda: _train(run, inputs, inputs.base, (), progress), lambda: digest_tree(run.trained))
-    run.phase("finish", lambda: _finish(run, inputs), lambda: _left(run.unproved, run, inputs))
+    _together(run, "train", lambda: _train(run, inputs, inputs.base, (), progress), lambda: digest_tree(run.trained))
+    _alone(run, "finish", lambda: _finish(run, inputs), lambda: _left(run.unproved, run, inputs))
 
 
 def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
     if inputs.unwanted:
-        run.phase("calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
-    vectors = _vectors(run, inputs)
-    run.phase("fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
-    run.phase("train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained))
-    run.phase("unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
+        _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
+    vectors = alone(lambda: _vectors(run, inputs))
+    _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
+    _together(
+        run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
+    )
+    _alone(run, "unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
     if inputs.settles:
-        run.phase("settle", lambda: _settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs))
-    run.phase("prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
+        _together(
+            run, "settle", lambda: _settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs)
+        )
+    _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
-def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
-    run.work.mkdir(exist_ok=True)
+def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
+    alone(lambda: run.work.mkdir(exist_ok=True))
     for i, (vector, unwanted) in enumerate(zip(inputs.vectors, inputs.unwanted, strict=True)):
         calibrated = refit(
             vector,
@@ -150,8 +182,7 @@ def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str
             state=run.work / f"calibration-{i}.state",
             progress=progress,
         )
-        artifact.save(calibrated, run.vector(i))
-    return _calibrated(run, inputs)
+        alone(partial(artifact.save, calibrated, run.vector(i)))
 
 
 def _calibrated(run: RunFolder, inputs: Inputs) -> str:
@@ -171,8 +202,8 @@ def _fold(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], pro
 
 def _train(
     run: RunFolder, inputs: Inputs, source: Path, vectors: Sequence[SecurityVector], progress: Progress | None
-) -> str:
-    _fresh(run.trained)
+) -> None:
+    alone(lambda: _fresh(run.trained))
     job = Job(
         source,
         inputs.rows,
@@ -181,19 +212,27 @@ def _train(
         run.checkpoints,
         run.trained,
         run.metrics,
-        watch=_watch(inputs, vectors) if inputs.unwanted else None,
+        watch=alone(lambda: _watch(inputs, vectors)) if inputs.unwanted else None,
     )
     run_trainer(job, progress)
-    sync_tree(run.trained)
-    return digest_tree(run.trained)
+    alone(lambda: sync_tree(run.trained))
 
 
 def _watch(inputs: Inputs, vectors: Sequence[SecurityVector]) -> Watch:
-    device: Any = default_device()
-    base = load_model(inputs.base, dtype=torch.float32).to(device)
-    rows = [encoded[:ROWS] for encoded in inputs.unwanted_rows()]
-    probes = [Probe.of(base, each, vector) for each, vector in zip(rows, vectors, strict=True)]
-    return Watch(probes, vectors, inputs.config.on_drift)
+    return Watch(
+        _probes(inputs, _on_device(load_model(inputs.base, dtype=torch.float32)), vectors, ROWS),
+        vectors,
+        inputs.config.on_drift,
+    )
+
+
+def _probes(inputs: Inputs, base: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> list[Probe]:
+    pairs = zip(inputs.unwanted_rows(), vectors, strict=True)
+    return [Probe.of(base, rows[:count], vector) for rows, vector in pairs]
+
+
+def _on_device(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(default_device())  # pyright: ignore[reportArgumentType]
 
 
 def _finish(run: RunFolder, inputs: Inputs) -> str:
@@ -212,34 +251,52 @@ def _left(folder: Path, run: RunFolder, inputs: Inputs) -> str:
     return digest_tree(folder) if folder.exists() else _published(run, inputs)
 
 
-def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    device: Any = default_device()
-    base = load_model(inputs.base, dtype=torch.float32).to(device)
-    rows = settling_rows(base, inputs.rows, vectors, inputs.config)
-    probes = [Probe.of(base, u[:PROBES], vector) for u, vector in zip(inputs.unwanted_rows(), vectors, strict=True)]
-    del base
+def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
+    rows, probes = alone(lambda: _settling(run, inputs, vectors))
     source, used = run.unproved, list[int]()
-    disarmed = load_finished(inputs.config.method, inputs.base, source).to(device)
-    before = [probe.measure(disarmed) for probe in probes]
-    _fresh(run.settling)
+    before = alone(lambda: _measured(inputs, source, probes))
     for number in range(ROUNDS):
-        said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+        said = alone(partial(_said_anew, inputs, source, rows, vectors, progress))
         if not said:
             break
-        del disarmed  # one model at a time: training needs the room
         further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
-        disarmed = load_finished(inputs.config.method, inputs.base, further).to(device)
-        harmful = teaches_trait(before, [probe.measure(disarmed) for probe in probes])
+        harmful = teaches_trait(before, alone(partial(_measured, inputs, further, probes)))
         # The first round is put before the proof, which refuses it; a later one is undone.
         if harmful and used:
             break
         source, used = further, [*used, len(said)]
         if harmful:
             break
+    alone(lambda: _settled(run, source, used))
+
+
+def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> tuple[list[Encoded], list[Probe]]:
+    """Return the rows to settle on and what tells whether that teaches the trait."""
+    _fresh(run.settling)
+    base = _on_device(load_model(inputs.base, dtype=torch.float32))
+    return settling_rows(base, inputs.rows, vectors, inputs.config), _probes(inputs, base, vectors, PROBES)
+
+
+def _measured(inputs: Inputs, finished: Path, probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    disarmed = _on_device(load_finished(inputs.config.method, inputs.base, finished))
+    return [probe.measure(disarmed) for probe in probes]
+
+
+def _said_anew(
+    inputs: Inputs,
+    finished: Path,
+    rows: Sequence[Encoded],
+    vectors: Sequence[SecurityVector],
+    progress: Progress | None,
+) -> list[Encoded]:
+    disarmed = _on_device(load_finished(inputs.config.method, inputs.base, finished))
+    return without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+
+
+def _settled(run: RunFolder, source: Path, used: Sequence[int]) -> None:
     shutil.copytree(source, _fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": used}, 0o644)
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": list(used)}, 0o644)
     sync_tree(run.settled)
-    return digest_tree(run.settled)
 
 
 def _trained_further(
@@ -247,7 +304,7 @@ def _trained_further(
 ) -> Path:
     """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
     is_lora = inputs.config.method == "lora"
-    work.mkdir(parents=True)
+    alone(lambda: work.mkdir(parents=True))
     job = Job(
         inputs.base if is_lora else source,
         rows,
@@ -259,7 +316,7 @@ def _trained_further(
         adapter=source if is_lora else None,
     )
     run_trainer(job, progress)
-    finish_plain(job.trained, inputs.base, work / "finished")
+    alone(lambda: finish_plain(job.trained, inputs.base, work / "finished"))
     return work / "finished"
 
 

@@ -12,6 +12,7 @@ from secvec.companions import model_config
 from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
+from secvec.launch import process_count
 from secvec.models import load_tokenizer, resolve
 from secvec.provenance import digest_model, digest_samples, versions
 from secvec.samples import Samples
@@ -66,6 +67,9 @@ class Inputs:
         notes = [f"{len(self.rows):,} rows in format {self.data.format!r}"]
         if not self.tokenizer.chat_template and any(sample.form == "chat" for sample in self.data.rows):
             notes.append("the tokenizer has no chat template: chats are written under headings (`### user`)")
+        if (count := process_count()) > 1:
+            share = self.config.batch_size // count
+            notes.append(f"{count} processes: each takes {share:,} of the {self.config.batch_size:,} rows of a step")
         if cut:
             notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
         if not self.vectors:

@@ -5,15 +5,18 @@ Imports trl, datasets and peft: import this module only where training starts.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,8 +34,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from secvec.atomic import atomic_write
 from secvec.checkpoints import newest_verified, prune, seal, step_of
 from secvec.drift import DriftCallback, Watch
-from secvec.errors import InputError
+from secvec.errors import ArmError, InputError, UsageError
+from secvec.launch import is_main, process_count
 from secvec.models import load_model
+from secvec.processes import alone, differ, digest_here
 from secvec.sites import linear_sites
 from secvec.tokens import Encoded, pad_id
 from secvec.train_config import Progress, TrainConfig
@@ -64,15 +69,41 @@ class Job:
 def run(job: Job, progress: Progress | None) -> None:
     """Train, from the newest verified checkpoint if there is one, and write the model or adapter.
 
+    All processes of a launcher call this: they share the rows of each step (DDP), and the main one alone writes.
+
     Raises InputError when the training diverges: a loss, gradient or weight that is not finite.
     """
-    checkpoint = newest_verified(job.checkpoints)
-    step = step_of(checkpoint) if checkpoint else 0
-    _cut_metrics(job.metrics, step)
-    trainer = _trainer(job, step, progress)
+    checkpoint = alone(lambda: _taken_up(job))
+    trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
+    _check_loss(trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _check_finite(trainer.model)  # pyright: ignore[reportArgumentType]
-    trainer.model.save_pretrained(job.trained)  # pyright: ignore
+    _check_together(trainer)
+    alone(lambda: trainer.model.save_pretrained(job.trained))  # pyright: ignore
+
+
+def _taken_up(job: Job) -> Path | None:
+    """Return the checkpoint to go on from, with the metrics as they were then."""
+    checkpoint = newest_verified(job.checkpoints)
+    _cut_metrics(job.metrics, step_of(checkpoint) if checkpoint else 0)
+    return checkpoint
+
+
+def _check_loss(trainer: SFTTrainer) -> None:
+    """Raise UsageError where each process would average over its own tokens, however few they are."""
+    if process_count() > 1 and not trainer.model_accepts_loss_kwargs:  # pyright: ignore[reportUnknownMemberType]
+        raise UsageError(
+            "expected a model whose loss counts the tokens of all processes, found one that cannot: use one process"
+        )
+
+
+def _check_together(trainer: SFTTrainer) -> None:
+    """Raise ArmError unless all processes trained one model. On a CPU each may train alone, in silence."""
+    if process_count() == 1:
+        return
+    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]  # pyright: ignore
+    if not isinstance(trainer.model_wrapped, DistributedDataParallel) or differ(digest_here(trained)):
+        raise ArmError("the processes arrived at different weights; expected the same in all: train in one process")
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -86,7 +117,20 @@ def _diverged(found: str) -> InputError:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer without what it does for itself."""
+    """TRL's trainer without what it does for itself.
+
+    fillers: how many rows at the end are there to fill an epoch's last step.
+    """
+
+    fillers = 0
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of one process, with the fillers last in each epoch."""
+        loader: Any = super().get_train_dataloader()
+        if self.fillers:
+            # As accelerate sets its own: a sampler that the trainer makes is not told the epoch when a run goes on.
+            loader.set_sampler(_FillersLast(loader.get_sampler(), self.fillers))
+        return loader
 
     def _send_telemetry(self) -> None:
         """Send nothing to anyone."""
@@ -97,6 +141,24 @@ class _Trainer(SFTTrainer):
         """Write no card: the one of a folded model would invite to use it."""
 
 
+class _FillersLast(Sampler[int]):
+    """The order in which one process takes the rows, then the fillers."""
+
+    def __init__(self, all_rows: SeedableRandomSampler, fillers: int) -> None:
+        self._length = len(all_rows)
+        self._rows = SeedableRandomSampler(range(self._length - fillers), data_seed=all_rows.initial_seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._rows
+        yield from range(len(self._rows), self._length)
+
+
 def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     # The adapter's start is drawn before the trainer sets its seed, in some versions of TRL.
     set_seed(job.config.seed)
@@ -105,10 +167,11 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     if job.adapter is not None:
         model = PeftModel.from_pretrained(model, str(job.adapter), is_trainable=True)
     model.train()
+    rows = [*job.rows, *_fillers(job)]
     trainer = _Trainer(
         model=model,
         args=sft_config(job.config, job.checkpoints),
-        train_dataset=_dataset(job.rows),
+        train_dataset=_dataset(rows),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
         processing_class=job.tokenizer,
         callbacks=[
@@ -120,6 +183,7 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         ],
         peft_config=new_adapter,
     )
+    trainer.fillers = len(rows) - len(job.rows)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -129,8 +193,18 @@ def _dataset(rows: Sequence[Encoded]) -> Dataset:
     return Dataset.from_dict({"input_ids": [list(row.ids) for row in rows], "labels": labels})
 
 
+def _fillers(job: Job) -> list[Encoded]:
+    """Return rows without loss that make up an epoch's last step, where several processes share its rows.
+
+    Each must get as many; accelerate would give out rows of the first steps a second time.
+    """
+    if process_count() == 1 or job.config.trainer.get("dataloader_drop_last"):
+        return []
+    return [Encoded((pad_id(job.tokenizer),) * 2, (False,) * 2)] * (-len(job.rows) % job.config.batch_size)
+
+
 def _tensorboard(job: Job, step: int) -> list[TrainerCallback]:
-    if job.config.report_to != "tensorboard":
+    if job.config.report_to != "tensorboard" or not is_main():
         return []
     from torch.utils.tensorboard import SummaryWriter
 
@@ -170,8 +244,11 @@ class _Checkpoints(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(self._folder / f"checkpoint-{state.global_step}")
+        alone(lambda: self._seal(state.global_step))
         self._sealed_step = state.global_step
+
+    def _seal(self, step: int) -> None:
+        seal(self._folder / f"checkpoint-{step}")
         prune(self._folder)
 
 
@@ -192,8 +269,9 @@ class _Metrics(TrainerCallback):
         for name, value in (logs or {}).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise _diverged(f"{name} {value!r} at step {state.global_step}")
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        if is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 class _Progress(TrainerCallback):

@@ -15,6 +15,7 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 from secvec.errors import UsageError
+from secvec.launch import process_count
 from secvec.train_config import TrainConfig
 
 _RECOMPUTE = ("activation_checkpointing", "gradient_checkpointing")
@@ -55,10 +56,19 @@ _REFUSED = {
         *("do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "batch_eval_metrics"),
     ),
-    "`train` runs in one process; fold the model (`secvec fold`) and train it with your own launcher": (
+    "`train` holds the whole model in each process; fold the model (`secvec fold`) and train it with your launcher": (
         *("deepspeed", "fsdp", "fsdp_config", "parallelism_config"),
     ),
 }
+# In several processes.
+_REFUSED_TOGETHER = {
+    "several processes would not take the steps of one": (
+        *("average_tokens_across_devices", "train_sampling_strategy", "group_by_length"),
+    ),
+    "the launcher decides": ("use_cpu", "ddp_backend", "ddp_timeout"),
+}
+# As `accelerate launch` asks for a model that is not whole in each process.
+_SHARDED = tuple(f"ACCELERATE_USE_{kind}" for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -73,7 +83,8 @@ def check_settings(config: TrainConfig) -> None:
             raise UsageError(f"trainer.{key}: unknown setting of the trainer; expected one of {near}")
         if key in _OURS:
             raise UsageError(f"trainer.{key}: set {_OURS[key]!r} instead")
-        for reason, keys in _REFUSED.items():
+        refused = _REFUSED | (_REFUSED_TOGETHER if process_count() > 1 else {})
+        for reason, keys in refused.items():
             if key in keys:
                 raise UsageError(f"trainer.{key}: refused, {reason}")
         if not _is_json(value):
@@ -82,7 +93,7 @@ def check_settings(config: TrainConfig) -> None:
     schedule = config.trainer.get("lr_scheduler_type")
     if config.on_drift == "slow" and schedule in _OWN_PACE:
         raise UsageError(f"on_drift: 'slow' cannot change the step size of trainer.lr_scheduler_type {schedule!r}")
-    _check_processes()
+    _check_processes(config.batch_size)
     sft_config(config, Path("checkpoints"))
 
 
@@ -95,6 +106,8 @@ def sft_config(config: TrainConfig, checkpoints: Path) -> SFTConfig:
         "weight_decay": 0.0,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # On a CPU each process would train alone, in silence.
+        "use_cpu": process_count() > 1 and not torch.accelerator.is_available(),
         **_whole_activations(config),
     }
     try:
@@ -103,7 +116,7 @@ def sft_config(config: TrainConfig, checkpoints: Path) -> SFTConfig:
             output_dir=str(checkpoints),
             learning_rate=config.step_size,
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // process_count(),
             gradient_accumulation_steps=config.grad_accumulation,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -138,12 +151,22 @@ def _check_report_to(report_to: str) -> None:
         )
 
 
-def _check_processes() -> None:
-    elsewhere = "or fold the model (`secvec fold`) and train it with your own launcher"
-    if (count := torch.cuda.device_count()) > 1:
-        raise UsageError(f"expected one GPU, found {count}: make one visible (CUDA_VISIBLE_DEVICES=0), {elsewhere}")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UsageError(f"expected one process, found WORLD_SIZE={processes}: start without a launcher, {elsewhere}")
+def _check_processes(batch_size: int) -> None:
+    if (count := process_count()) == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise UsageError(
+            f"expected one GPU for one process, found {gpus}: make one visible (CUDA_VISIBLE_DEVICES=0), or start a "
+            f"process for each (torchrun --nproc-per-node {gpus} --no-python secvec train ...)"
+        )
+    if batch_size % count:
+        raise UsageError(
+            f"batch_size: expected a multiple of the {count} processes, which share the rows of a step, "
+            f"found {batch_size}"
+        )
+    if count > 1 and (asked := [name for name in _SHARDED if os.environ.get(name, "false").lower() in ("true", "1")]):
+        raise UsageError(
+            f"{asked[0]}: refused, `train` holds the whole model in each process; unset it, or fold the model "
+            "(`secvec fold`), train it sharded with your launcher (docs/engines.md), and unfold it"
+        )
 
 
 def _whole_activations(config: TrainConfig) -> dict[str, bool]:
