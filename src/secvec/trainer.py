@@ -36,7 +36,7 @@ from secvec.models import load_model
 from secvec.sites import linear_sites
 from secvec.tokens import Encoded, pad_id
 from secvec.train_config import Progress, TrainConfig
-from secvec.trainer_settings import sft_config
+from secvec.trainer_settings import refusal, sft_config
 
 _IGNORED = -100
 # LoRA's alpha / rank, as in the LoRA paper's (arXiv 2106.09685) common practice.
@@ -70,7 +70,10 @@ def run(job: Job, progress: Progress | None) -> None:
     step = step_of(checkpoint) if checkpoint else 0
     _cut_metrics(job.metrics, step)
     trainer = _trainer(job, step, progress)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ImportError as error:
+        raise refusal(error) from error
     _check_finite(trainer.model)  # pyright: ignore[reportArgumentType]
     trainer.model.save_pretrained(job.trained)  # pyright: ignore
 
@@ -105,8 +108,19 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     if job.adapter is not None:
         model = PeftModel.from_pretrained(model, str(job.adapter), is_trainable=True)
     model.train()
-    trainer = _Trainer(
-        model=model,
+    try:
+        trainer = _started(job, model, new_adapter, step, progress)
+    except (TypeError, ValueError, ImportError) as error:
+        raise refusal(error) from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _started(
+    job: Job, model: nn.Module, new_adapter: LoraConfig | None, step: int, progress: Progress | None
+) -> SFTTrainer:
+    return _Trainer(
+        model=model,  # pyright: ignore[reportArgumentType]
         args=sft_config(job.config, job.checkpoints),
         train_dataset=_dataset(job.rows),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
@@ -120,8 +134,6 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         ],
         peft_config=new_adapter,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _dataset(rows: Sequence[Encoded]) -> Dataset:
