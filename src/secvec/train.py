@@ -88,6 +88,8 @@ def train(
         run = open_run(out, inputs.identity(), resume=resume)
         if "publish" not in run.finished():
             (_defended if inputs.vectors else _plain)(run, inputs, progress)
+        elif inputs.vectors:
+            run.phase("prove", lambda: _proved(run, inputs), lambda: _proved(run, inputs))
         run.phase("publish", lambda: _publish(run, inputs), lambda: _published(run, inputs))
         run.clean()
         return _result(run, inputs)
