@@ -120,14 +120,15 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
 
 def test_settings_come_from_a_file_pairs_and_flags(place: Path, secvec: Shell, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("epochs: 4\nbatch_size: 2\nlr: 1e-4\n")
+    config.write_text("epochs: 4\nbatch_size: 2\nlr: 1e-4\ntrainer: {adam_epsilon: 1e-6}\n")
     given = ["--data", place / "data.jsonl", "-o", tmp_path / "run", "--dry-run", "--json"]
-    pairs = ["--set", "batch_size=11", "--set", "trainer.max_steps=5"]
+    pairs = ["--set", "batch_size=11", "--set", "trainer.max_steps=5", "--set", "trainer.weight_decay=1e-2"]
     code, out, err = secvec("train", place / "model", *given, "--config", config, *pairs, "--epochs", "2")
     assert code == 0, err
     chosen = json.loads(out)["config"]
     assert json.loads(out)["steps"] == chosen["trainer"]["max_steps"] == 5
     assert (chosen["epochs"], chosen["batch_size"], chosen["lr"]) == (2, 11, 1e-4)
+    assert (chosen["trainer"]["weight_decay"], chosen["trainer"]["adam_epsilon"]) == (0.01, 1e-6)
 
 
 def test_what_goes_wrong_is_one_line_and_the_documented_code(
@@ -142,6 +143,13 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (2, "trainer.warmup_step: unknown", ["train", model, "--data", data, "--set", "trainer.warmup_step=2"]),
         (2, "secvec: TrainConfig.epochs: expected at least 1", ["train", model, "--data", data, "--epochs", "0"]),
         (2, "secvec: TrainConfig.settle_rows", ["train", model, "--data", data, "--set", "settle_rows=-1"]),
+        (2, "secvec: TrainConfig.seed: expected", ["train", model, "--data", data, "--seed", "-1"]),
+        (2, "secvec: TrainConfig.lr: expected", ["train", model, "--data", data, "--lr", "inf"]),
+        (2, "secvec: FitConfig.seed: expected", ["fit", model, "--unwanted", data, "--seed", 2**70]),
+        (2, "secvec: FitConfig.max_length: expected", ["fit", model, "--unwanted", data, "--max-length", "-5"]),
+        (2, "secvec: FitConfig.lr: expected", ["fit", model, "--unwanted", data, "--lr", "inf"]),
+        (2, "secvec: FitConfig.scale: expected", ["fit", model, "--unwanted", data, "--set", "scale=.nan"]),
+        (2, "secvec: FitConfig.kl_weight: expected", ["fit", model, "--unwanted", data, "--set", "kl_weight=.inf"]),
         (2, "as many files of unwanted rows as vectors", ["train", model, "--data", data, "--unwanted", data]),
         (3, "bad.jsonl:4", ["train", model, "--data", bad]),
         (3, "no.jsonl: expected a readable data file", ["train", model, "--data", tmp_path / "no.jsonl"]),

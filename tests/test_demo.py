@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from secvec.errors import CheckpointError
+from secvec.demo import demo
+from secvec.errors import CheckpointError, UsageError
 from secvec.inspect import inspect
 from secvec.report import report
 
@@ -48,6 +49,16 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     found = inspect(tmp_path / "demo")
     assert found["is"] == "demo" and inspect(found["vector"])["is"] == "vector"
     assert [inspect(run)["defended"] for run in found["runs"]] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["plain/run.json", "defended/run.json", "results.json"])
+def test_a_demo_replaces_nothing_but_a_demo(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text(json.dumps({"format": "secvec.run", "version": 1, "base": "blake3:mine"}))
+    with pytest.raises(UsageError, match="expected a new folder or an earlier demo's, found"):
+        demo(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
 
 
 def test_a_demo_folder_is_known_by_its_results(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ evaluate(place / "model", [place / "talk.jsonl"], sys.argv[2], config=EvalConfig
 """
 
 
+def test_no_evaluation_is_written_into_a_model(place: Path) -> None:
+    before = sorted((place / "other").iterdir())
+    with pytest.raises(UsageError, match="other: expected a folder for the evaluation, found that of a model or run"):
+        run(place, place / "other", [place / "talk.jsonl"])
+    assert sorted((place / "other").iterdir()) == before
+
+
 def test_a_kill_loses_no_answer_and_rules_change_without_asking_again(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(place), str(out)], capture_output=True, check=False)

@@ -1,5 +1,6 @@
 """Fitting on a tiny random model: the vector works, the backbone stays, a kill costs nothing, weak fits are refused."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from models import chat, rows, taught_llama, write_rows
 from secvec import artifact
 from secvec.anchors import calibration
 from secvec.arm import armed
-from secvec.errors import InputError, RowError, UsageError, WeakVectorError
+from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import FitConfig, fit_factors
 from secvec.fit import check, fit, fit_to_file, refit
 from secvec.models import load_model, load_tokenizer
-from secvec.provenance import digest_model
+from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
 from secvec.tokens import encode_all
@@ -222,9 +223,27 @@ def test_what_cannot_be_fitted_is_refused(folder: Path, tmp_path: Path) -> None:
         fit(folder, [{"messages": [{"role": "user", "content": "hi"}]}], config=FAST)
     with pytest.raises(UsageError, match="expected the name of a file in an existing folder"):
         fit_to_file(folder, UNWANTED, tmp_path / "no" / "v.safetensors", config=FAST)
+    for there in (write_rows(tmp_path / "unwanted.jsonl", UNWANTED), folder / "model.safetensors", Path("/dev/null")):
+        before = digest_file(there)
+        with pytest.raises(UsageError, match="expected a new file, or a vector to write over, found something else"):
+            fit_to_file(folder, UNWANTED, there, config=FAST)
+        assert digest_file(there) == before and there.is_char_device() == (there.parent == Path("/dev"))
     file = write_rows(tmp_path / "bad.jsonl", [chat("a", "b"), {"prompt": 1}])
     with pytest.raises(RowError, match=r"bad\.jsonl:2"):
         fit(folder, file, config=FAST)
+
+
+def test_a_full_disk_is_one_line(folder: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"v: a file could not be written: .*; free some space, then go on$"):
+            fit_to_file(folder, UNWANTED, tmp_path / "v", config=replace(FAST, epochs=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_armed_model_explains_what_the_vector_was_fitted_on(folder: Path) -> None:

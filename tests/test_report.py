@@ -99,6 +99,15 @@ def test_the_verdict_and_every_figure_with_its_file(place: Path, tmp_path: Path)
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in made.files.values())
 
 
+def test_a_report_replaces_an_earlier_one_and_no_other_file(place: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert report([place / "plain"], tmp_path / "r.html").files["json"].is_file()
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.md: expected a new file or an earlier report's, found another one"):
+        report([place / "plain"], tmp_path / "notes.html")
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
 def test_what_was_not_given_is_said_not_to_be_measured(place: Path, tmp_path: Path) -> None:
     cases = {
         "not defended: NOT defended: trained without a security vector": ["plain"],

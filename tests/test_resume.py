@@ -15,6 +15,7 @@ from checkpoints import flip
 from runs import CONFIG, UNWANTED, Run, attempt, count_changes, fitted_vector, kill_at, llama, random_vector, started
 
 from secvec.checkpoints import MANIFEST, seal, step_of
+from secvec.errors import CheckpointError
 from secvec.runfolder import RunFolder
 
 KINDS = ("full", "lora", "calibrated", "plain")
@@ -169,6 +170,17 @@ def test_two_damaged_checkpoints_start_the_training_anew(
         truncate(checkpoint)
     assert end(run, str) == 0
     check_same(run, references["full"])
+
+
+def test_the_proof_of_a_finished_run_that_was_altered_is_not_told_again(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
+    run = references["full"].again(Path(shutil.copytree(references["full"].run.out, tmp_path / "run")))
+    proof = run.out / "proof.json"
+    assert run.go() == run.out / "model"
+    proof.write_text(proof.read_text().replace('"sites"', '"sides"', 1) + " ")
+    with pytest.raises(CheckpointError, match="what phase 'prove' wrote was altered since"):
+        run.go()
 
 
 def test_the_state_of_random_numbers_matters(references: dict[str, Reference], stopped: Path, tmp_path: Path) -> None:

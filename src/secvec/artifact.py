@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -65,6 +65,12 @@ def load(path: str | Path) -> SecurityVector:
         return SecurityVector(_pair(tensors), scale, info)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}; fit the vector again") from error
+
+
+def is_vector(path: Path) -> bool:
+    """Tell whether a file is a vector's, whole or damaged, by its header alone. Raises OSError."""
+    with path.open("rb") as file:
+        return _names_format(_read_header(file)[1])
 
 
 def digest(vector: SecurityVector) -> str:
@@ -130,18 +136,26 @@ def _read(path: Path) -> bytes:
         raise ArtifactError(f"{path}: expected a vector's file, found a folder; name the file inside it")
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
-            header = file.read(min(length, _MAX_HEADER_BYTES))
-            if f'"{FORMAT}"'.encode() not in header:
+            prefix, header = _read_header(file)
+            if not _names_format(header):
                 raise ArtifactError(
                     f"{path}: expected a security vector (safetensors with format {FORMAT!r}), found something else; "
                     "`secvec fit` writes vectors, `secvec.from_peft` reads PEFT adapters"
                 )
-            return length.to_bytes(_PREFIX_BYTES, "little") + header + file.read()
+            return prefix + header + file.read()
     except OSError as error:
         raise ArtifactError(
             f"{path}: expected a readable vector's file, found {error.strerror}; check the path"
         ) from error
+
+
+def _read_header(file: BinaryIO) -> tuple[bytes, bytes]:
+    prefix = file.read(_PREFIX_BYTES)
+    return prefix, file.read(min(int.from_bytes(prefix, "little"), _MAX_HEADER_BYTES))
+
+
+def _names_format(header: bytes) -> bool:
+    return f'"{FORMAT}"'.encode() in header
 
 
 def _metadata(data: bytes, path: Path) -> Mapping[str, Any]:

@@ -382,5 +382,6 @@ def main() -> None:
         screen.print(told, markup=False, soft_wrap=True)
         sys.exit(_INTERRUPTED)
     except OSError as error:
-        screen.print(f"secvec: {error.strerror}: {error.filename}", style="red", markup=False, soft_wrap=True)
+        where = "" if error.filename is None else f": {error.filename}"
+        screen.print(f"secvec: {error.strerror or error}{where}", style="red", markup=False, soft_wrap=True)
         sys.exit(3)

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from secvec.artifact import save
 from secvec.atomic import write_json
+from secvec.errors import UsageError
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import answers, load_model, load_tokenizer
@@ -24,6 +25,7 @@ from secvec.runfolder import DEMO, RunFolder
 from secvec.stats import wilson
 from secvec.train import TrainConfig, train
 from secvec.train_config import Progress
+from secvec.tripwire import read_json
 
 MODELS = ("aligned", "plain", "defended")
 RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
@@ -124,10 +126,17 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier demo left in `out`, and nothing else."""
-    for run in (RunFolder(out / "plain"), RunFolder(out / "defended")):
-        if run.identity.is_file():
-            shutil.rmtree(run.out)
+    """Remove what an earlier demo left in `out`, and nothing else. Raises UsageError where other things lie there."""
+    runs = [run for run in (RunFolder(out / "plain"), RunFolder(out / "defended")) if run.identity.is_file()]
+    results, assistant = out / "results.json", digest_model(assistant_folder())
+    mine = [run.identity for run in runs if read_json(run.identity).get("base") != assistant]
+    mine += [results] if results.is_file() and read_json(results).get("format") != DEMO else []
+    if mine:
+        raise UsageError(
+            f"{out}: expected a new folder or an earlier demo's, found {mine[0]} of another run; name another"
+        )
+    for run in runs:
+        shutil.rmtree(run.out)
 
 
 def table(results: Mapping[str, Any]) -> Table:

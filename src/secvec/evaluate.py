@@ -24,6 +24,8 @@ from secvec.train_config import Progress
 __all__ = ["Clues", "EvalConfig", "EvalResult", "evaluate"]
 
 _MOST_ARMED = 200
+# What a folder holds that is a model's or a run's: it must stay as its digest says.
+_OTHERS = ("config.json", "adapter_config.json", "run.json")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def evaluate(
     """
     inputs = _check(model, suites, baselines, judges, clues or Clues(), config or EvalConfig())
     out = Path(out).absolute()
+    if any((out / name).exists() for name in _OTHERS):
+        raise UsageError(f"{out}: expected a folder for the evaluation, found that of a model or run; name another one")
     with resumable(out, flag=""), locked(out):
         answers = {subject.name: _answers(inputs, subject, out, progress) for subject in inputs.subjects}
         judged = {judge.name: _judged(inputs, judge, answers, out, progress) for judge in inputs.judges}

@@ -18,6 +18,7 @@ from secvec.atomic import atomic_write
 from secvec.errors import ArmError, InputError, UsageError, WeakVectorError
 from secvec.losses import kl_nats, mean_nats, representation_distance
 from secvec.processes import connected, differ, digest_here, of_main, sum_gradients
+from secvec.settings import check_seed
 from secvec.sites import linear_sites, weight_shape
 from secvec.tokens import Batch, Encoded, collate, shuffled
 from secvec.vector import Factors
@@ -57,15 +58,19 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         positive = {"rank": self.rank, "epochs": self.epochs, "batch_size": self.batch_size, "patience": self.patience}
+        positive |= {"max_length": self.max_length, "calibration_rows": self.calibration_rows}
         for name, value in positive.items():
             if value < 1:
                 raise UsageError(f"FitConfig.{name}: expected at least 1, found {value!r}")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"FitConfig.lr: expected a positive number, found {self.lr!r}")
+        check_seed("FitConfig", self.seed)
+        for name, value in (("scale", self.scale), ("lr", 1.0 if self.lr is None else self.lr)):
+            if not 0 < value < math.inf:
+                raise UsageError(f"FitConfig.{name}: expected a positive number, found {value!r}")
         if not 0 < self.holdout < 1:
             raise UsageError(f"FitConfig.holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        if self.kl_weight < 0 or self.representation_weight < 0:
-            raise UsageError("FitConfig.kl_weight and representation_weight: expected 0 or more")
+        for name, value in (("kl_weight", self.kl_weight), ("representation_weight", self.representation_weight)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"FitConfig.{name}: expected 0 or more, found {value!r}")
 
     @classmethod
     def paper(cls) -> Self:

@@ -9,12 +9,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import COVERED, COVERED_AT_FIRST, calibration, own_answers, untouched, whole
-from secvec.artifact import save
+from secvec.artifact import is_vector, save
 from secvec.errors import InputError, UsageError
 from secvec.factors import FitConfig, Fitted, Progress, fit_factors, split
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
+from secvec.runfolder import resumable
 from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.score import habit
 from secvec.sites import without_site
@@ -82,28 +83,36 @@ def fit_to_file(
     """Fit a vector and write it to `out`; a fit that was killed goes on where it was when started again.
 
     Under a launcher the main process alone writes. Raises as `fit` and `save` do, before the long work where `out`
-    cannot be written.
+    cannot be written or is a file that is no vector's; a full disk is a CheckpointError.
     """
     accelerator = connected()
-    if accelerator.is_main_process and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UsageError(f"{out}: expected the name of a file in an existing folder")
-    state = out.with_name(f".{out.name}.fit")
-    vector = fit(
-        model,
-        unwanted,
-        anchors=anchors,
-        kind=kind,
-        calibrate=calibrate,
-        config=config,
-        allow_weak=allow_weak,
-        state=state,
-        progress=progress,
-    )
     if accelerator.is_main_process:
-        save(vector, out)
-        state.unlink(missing_ok=True)
+        _check_out(out)
+    state = out.with_name(f".{out.name}.fit")
+    with resumable(out, flag=""):
+        vector = fit(
+            model,
+            unwanted,
+            anchors=anchors,
+            kind=kind,
+            calibrate=calibrate,
+            config=config,
+            allow_weak=allow_weak,
+            state=state,
+            progress=progress,
+        )
+        if accelerator.is_main_process:
+            save(vector, out)
+            state.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return vector
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: expected the name of a file in an existing folder")
+    if out.exists() and not (out.is_file() and is_vector(out)):
+        raise UsageError(f"{out}: expected a new file, or a vector to write over, found something else; name another")
 
 
 def check(

@@ -40,7 +40,8 @@ def load_model(folder: Path, *, dtype: Dtype = None) -> PreTrainedModel:
     """Load a causal language model, in its own dtype unless `dtype` is given, ready for inference."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    # Transformers checks little: a damaged file shows as whatever error its contents lead to.
+    except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     model.eval()
     return model
@@ -50,7 +51,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder. Raises CheckpointError when there is none."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # As above.
+    except Exception as error:
         raise CheckpointError(f"{folder}: cannot load a tokenizer from here: {_first_line(error)}") from error
     return tokenizer
 

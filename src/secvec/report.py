@@ -9,13 +9,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from secvec.atomic import atomic_write
-from secvec.errors import InputError, UsageError
+from secvec.errors import CheckpointError, InputError, UsageError
 from secvec.provenance import digest_file, versions
 from secvec.report_inputs import Inputs, read_inputs
 from secvec.report_page import markdown, page
 from secvec.report_sections import sections
 from secvec.report_verdict import Verdict, verdict
+from secvec.tripwire import read_json
 
+FORMAT = "secvec.report"
 MAX_BYTES = 2_000_000
 
 
@@ -34,11 +36,13 @@ def report(folders: Sequence[str | Path], out: str | Path, *, with_text: bool = 
     it. with_text: put a few questions and answers in; the files are then readable by their owner alone.
 
     Raises InputError on a folder of another kind, CheckpointError on a file in it that is damaged or was altered,
-    UsageError on an `out` that is no page, MissingExtraError without jinja2. Then nothing is written.
+    UsageError on an `out` that is no page or would replace other files, MissingExtraError without jinja2. Then nothing
+    is written.
     """
     out = Path(out)
     if out.suffix != ".html" or out.is_dir():
         raise UsageError(f"{out}: expected the name of a page, such as report.html")
+    _refuse_others(out)
     inputs = read_inputs(folders, with_text=with_text)
     found, parts = verdict(inputs), sections(inputs, with_text=with_text)
     texts = {
@@ -56,9 +60,28 @@ def report(folders: Sequence[str | Path], out: str | Path, *, with_text: bool = 
     return Report(found, {"page": out, "markdown": out.with_suffix(".md"), "json": out.with_suffix(".json")})
 
 
+def _refuse_others(out: Path) -> None:
+    """Refuse to replace files that are no earlier report's: those beside the page were not named by the user."""
+    document = out.with_suffix(".json")
+    if document.is_file() and _format(document) == FORMAT:
+        return
+    for path in (out.with_suffix(".md"), document):
+        if path.exists():
+            raise UsageError(
+                f"{path}: expected a new file or an earlier report's, found another one; name another page"
+            )
+
+
+def _format(path: Path) -> object:
+    try:
+        return read_json(path).get("format")
+    except CheckpointError:
+        return None
+
+
 def _document(found: Verdict, inputs: Inputs) -> dict[str, Any]:
     return {
-        "format": "secvec.report",
+        "format": FORMAT,
         "version": 1,
         "verdict": asdict(found),
         **TypeAdapter(Inputs).dump_python(inputs, mode="json"),

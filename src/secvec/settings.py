@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -12,6 +13,15 @@ from pydantic import TypeAdapter, ValidationError
 from secvec.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-2` is a number, as in version 1.2; in PyYAML's 1.1 it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def settings(config_type: type[ConfigT], file: Path | None, pairs: Sequence[str], flags: Mapping[str, Any]) -> ConfigT:
@@ -40,11 +50,17 @@ def settings(config_type: type[ConfigT], file: Path | None, pairs: Sequence[str]
         raise UsageError(f"{where}: {first['msg']}, found {first['input']!r}") from error
 
 
+def check_seed(config: str, seed: int) -> None:
+    """Refuse a seed that one of the generators would not take: NumPy's has 32 bits. Raises UsageError."""
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"{config}.seed: expected a whole number from 0 to {(1 << 32) - 1}, found {seed!r}")
+
+
 def _from_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+        document = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(document, dict):
@@ -57,7 +73,7 @@ def _set(values: dict[str, Any], pair: str) -> None:
     if not equals or not key:
         raise UsageError(f"--set: expected key=value, found {pair!r}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"--set: {pair!r}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     name, dot, entry = key.strip().partition(".")

@@ -98,6 +98,8 @@ def train(
             raise CheckpointError(f"{run.out}: expected a folder that all processes see, found nothing there")
         if "publish" not in alone(run.finished):
             (_defended if inputs.vectors else _plain)(run, inputs, progress)
+        elif inputs.vectors:
+            _alone(run, "prove", lambda: _proved(run, inputs), lambda: _proved(run, inputs))
         _alone(run, "publish", lambda: _publish(run, inputs), lambda: _published(run, inputs))
         alone(run.clean)
         return alone(lambda: _result(run, inputs))

@@ -1,10 +1,12 @@
 """How `train` fine-tunes: its settings."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from secvec.errors import UsageError
+from secvec.settings import check_seed
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
@@ -66,7 +68,8 @@ class TrainConfig:
                 raise UsageError(f"TrainConfig.{name}: expected at least 1, found {value!r}")
         if self.settle_rows < 0:
             raise UsageError(f"TrainConfig.settle_rows: expected 0 or more, found {self.settle_rows!r}")
-        if self.lr is not None and not self.lr > 0:
+        check_seed("TrainConfig", self.seed)
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"TrainConfig.lr: expected a positive number, found {self.lr!r}")
         for name, value, known in (
             ("method", self.method, ("full", "lora")),

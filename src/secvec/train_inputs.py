@@ -115,5 +115,10 @@ def check_inputs(
         check_vector(vector, base, tokenizer, base_digest=digest_model(base))
     samples = read_rows(data, "data")
     rows = encode_all(samples.rows, tokenizer, config.max_length)
+    if config.trainer.get("dataloader_drop_last") and len(rows) < config.batch_size:
+        raise UsageError(
+            f"trainer.dataloader_drop_last: {len(rows):,} rows are fewer than one step of {config.batch_size:,}: "
+            "all would be dropped; lower --batch-size"
+        )
     probes = [read_rows(each, "unwanted") for each in unwanted]
     return Inputs(base, tokenizer, samples, rows, loaded, probes, config)

@@ -41,7 +41,7 @@ from secvec.processes import alone, differ, digest_here
 from secvec.sites import linear_sites
 from secvec.tokens import Encoded, pad_id
 from secvec.train_config import Progress, TrainConfig
-from secvec.trainer_settings import sft_config
+from secvec.trainer_settings import refusal, sft_config
 
 _IGNORED = -100
 # LoRA's alpha / rank, as in the LoRA paper's (arXiv 2106.09685) common practice.
@@ -76,7 +76,10 @@ def run(job: Job, progress: Progress | None) -> None:
     checkpoint = alone(lambda: _taken_up(job))
     trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
     _check_loss(trainer)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ImportError as error:
+        raise refusal(error) from error
     _check_finite(trainer.model)  # pyright: ignore[reportArgumentType]
     _check_together(trainer)
     alone(lambda: trainer.model.save_pretrained(job.trained))  # pyright: ignore
@@ -167,9 +170,13 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     if job.adapter is not None:
         model = PeftModel.from_pretrained(model, str(job.adapter), is_trainable=True)
     model.train()
-    rows = [*job.rows, *_fillers(job)]
-    trainer = _Trainer(
-        model=model,
+    checkpoint = alone(lambda: _taken_up(job))
+    trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
+    _check_loss(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ImportError as error:
+        raise refusal(error) from error
         args=sft_config(job.config, job.checkpoints),
         train_dataset=_dataset(rows),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
@@ -183,9 +190,13 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         ],
         peft_config=new_adapter,
     )
-    trainer.fillers = len(rows) - len(job.rows)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    checkpoint = alone(lambda: _taken_up(job))
+    trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
+    _check_loss(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ImportError as error:
+        raise refusal(error) from error
 
 
 def _dataset(rows: Sequence[Encoded]) -> Dataset:

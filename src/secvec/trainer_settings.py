@@ -76,7 +76,8 @@ def check_settings(config: TrainConfig) -> None:
 
     Raises UsageError.
     """
-    known = [field.name for field in dataclasses.fields(SFTConfig)]
+    types = {field.name: field.type for field in dataclasses.fields(SFTConfig)}
+    known = list(types)
     for key, value in config.trainer.items():
         if key not in known:
             near = ", ".join(difflib.get_close_matches(key, known, n=3)) or "the fields of trl.SFTConfig"
@@ -89,6 +90,7 @@ def check_settings(config: TrainConfig) -> None:
                 raise UsageError(f"trainer.{key}: refused, {reason}")
         if not _is_json(value):
             raise UsageError(f"trainer.{key}: expected a value that JSON can hold, found {value!r}")
+        _check_number(key, value, types[key])
     _check_report_to(config.report_to)
     schedule = config.trainer.get("lr_scheduler_type")
     if config.on_drift == "slow" and schedule in _OWN_PACE:
@@ -130,7 +132,20 @@ def sft_config(config: TrainConfig, checkpoints: Path) -> SFTConfig:
             report_to="none" if config.report_to == "tensorboard" else config.report_to,
         )
     except (TypeError, ValueError, ImportError) as error:
-        raise UsageError(f"trainer: the trainer refuses its settings: {str(error).splitlines()[0]}") from error
+        raise refusal(error) from error
+
+
+def refusal(error: Exception) -> UsageError:
+    """Return what to raise where the trainer refuses its settings."""
+    return UsageError(f"trainer: the trainer refuses its settings: {str(error).strip().splitlines()[0]}")
+
+
+def _check_number(key: str, value: object, expected: object) -> None:
+    """Refuse what is no number where the trainer, which does not look, would stumble over it in the middle of a run."""
+    if expected is int and type(value) is not int:
+        raise UsageError(f"trainer.{key}: expected a whole number, found {value!r}")
+    if expected is float and type(value) not in (int, float):
+        raise UsageError(f"trainer.{key}: expected a number, found {value!r}")
 
 
 def _is_json(value: object) -> bool:
