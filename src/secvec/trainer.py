@@ -170,13 +170,26 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
     if job.adapter is not None:
         model = PeftModel.from_pretrained(model, str(job.adapter), is_trainable=True)
     model.train()
-    checkpoint = alone(lambda: _taken_up(job))
-    trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
-    _check_loss(trainer)
+    rows = [*job.rows, *_fillers(job)]
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except ImportError as error:
+        trainer = _started(job, model, rows, new_adapter, step, progress)
+    except (TypeError, ValueError, ImportError) as error:
         raise refusal(error) from error
+    trainer.fillers = len(rows) - len(job.rows)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _started(
+    job: Job,
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    new_adapter: LoraConfig | None,
+    step: int,
+    progress: Progress | None,
+) -> _Trainer:
+    return _Trainer(
+        model=model,  # pyright: ignore[reportArgumentType]
         args=sft_config(job.config, job.checkpoints),
         train_dataset=_dataset(rows),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_id(job.tokenizer)),
@@ -190,13 +203,6 @@ def _trainer(job: Job, step: int, progress: Progress | None) -> SFTTrainer:
         ],
         peft_config=new_adapter,
     )
-    checkpoint = alone(lambda: _taken_up(job))
-    trainer = _trainer(job, step_of(checkpoint) if checkpoint else 0, progress)
-    _check_loss(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except ImportError as error:
-        raise refusal(error) from error
 
 
 def _dataset(rows: Sequence[Encoded]) -> Dataset:
