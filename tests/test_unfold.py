@@ -308,6 +308,7 @@ def test_other_architectures_and_broken_trainings_are_refused(tmp_path: Path) ->
         "tensors that the base lacks: extra": held | {"extra": torch.zeros(1)},
         f"no tensor {SITE}": {name: t for name, t in held.items() if name != SITE},
         "did the training diverge": held | {SITE: held[SITE] * float("nan")},
+        "model.norm.weight: expected finite": held | {"model.norm.weight": held["model.norm.weight"] / 0},
         "save the trained model unquantised": held | {SITE: held[SITE].to(torch.int8)},
     }
     for message, content in cases.items():

@@ -385,3 +385,7 @@ def main() -> None:
         where = "" if error.filename is None else f": {error.filename}"
         screen.print(f"secvec: {error.strerror or error}{where}", style="red", markup=False, soft_wrap=True)
         sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

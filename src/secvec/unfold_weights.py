@@ -195,8 +195,20 @@ def _other_job(pair: _Pair, source: int) -> Callable[[], _Outcome]:
     if pair.base.dtype != pair.trained.dtype:
         _check_float(pair)
         return lambda: _convert(pair, source)
-    count_bytes = pair.base.end - pair.base.start
-    return partial(_copy, Copy(source, pair.trained.start, pair.target, pair.base.start, count_bytes), pair.meter)
+    copy = Copy(source, pair.trained.start, pair.target, pair.base.start, pair.base.end - pair.base.start)
+
+    def work() -> _Outcome:
+        if pair.base.dtype in DTYPES:
+            _check_finite(pair, source)
+        return _copy(copy, pair.meter)
+
+    return work
+
+
+def _check_finite(pair: _Pair, source: int) -> None:
+    for first in range(0, elements(pair.trained), BLOCK_ELEMENTS):
+        like = torch.empty(min(BLOCK_ELEMENTS, elements(pair.trained) - first), dtype=DTYPES[pair.trained.dtype])
+        _finite(_read_trained(pair, source, first, like), pair)
 
 
 def _copy(copy: Copy, meter: Meter) -> _Outcome:
