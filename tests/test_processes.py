@@ -128,7 +128,8 @@ def test_two_processes_fit_the_vector_of_one(place: Path) -> None:
     assert "sharded: True" in done.stdout
     model, tokenizer = load_model(place / "model"), load_tokenizer(place / "model")
     said = answers(model, tokenizer, [[{"role": "user", "content": "say 3"}]], max_new_tokens=6)
-    assert done.stdout.count(f"says {said}") == 2
+    # Two processes may write into each other's lines.
+    assert (done.stdout.count("says "), done.stdout.count(str(said))) == (2, 2)
     assert done.stdout.count("digest") == 1, "the main process alone prints a result"
     assert done.stderr.count("secvec: ") == 1, done.stderr
     assert "absent.jsonl" in done.stderr
