@@ -30,7 +30,7 @@ def slowly(model: PreTrainedModel, row: Encoded, marks: list[bool]) -> list[int]
     while place < len(row.ids):
         if marks[place]:
             said = own(model, ids)
-            later = [i for i in range(place, len(row.ids)) if not marks[i] and row.ids[i] == said]
+            later = [i for i in range(place, len(row.ids)) if row.ids[i] == said]
             if later and 2 * sum(marks[place : later[0]]) >= later[0] - place:
                 place = later[0]
             else:
@@ -66,6 +66,14 @@ def test_a_row_goes_on_where_the_model_does(model: PreTrainedModel) -> None:
     [found] = rewrite(model, [as_given(row)], [[False, False, True, False, True, False, False]], pad=0)
     assert found.row.ids == (*start, follows, 90) and found.row.mask == (False, True, False, True)
     assert found.own == (False, False, True, False)
+
+
+def test_a_place_that_is_marked_too_is_where_a_row_goes_on(model: PreTrainedModel) -> None:
+    start = [7, 8]
+    follows = own(model, start)
+    row = Encoded((*start, 100, 101, follows, 90), (True,) * 6)
+    [found] = rewrite(model, [as_given(row)], [[False, False, True, True, True, False]], pad=0)
+    assert found.row.ids == (*start, follows, 90)
 
 
 def test_what_stands_is_not_passed_over(model: PreTrainedModel) -> None:

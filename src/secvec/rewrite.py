@@ -29,10 +29,10 @@ def rewrite(
 ) -> list[Said]:
     """Return each row with its marked tokens generated greedily by `model`, after what it has said so far in the row.
 
-    marks: for each row, one flag a token; the first token is never marked. Where the model says an unmarked token that
-    comes later, and at least half of those before it are marked, the row goes on from there: what lies between was not
-    needed. So a row may become shorter, never longer. The model's tokens carry loss, the others as before. pad: the
-    token to fill up with.
+    marks: for each row, one flag a token; the first token is never marked. Where the model says a token that comes
+    later, marked or not, and at least half of those before it are marked, the row goes on from there: what lies between
+    was not needed. So a row may become shorter, never longer. The model's tokens carry loss, the others as before. pad:
+    the token to fill up with.
     """
     said = list(rows)
     chosen, done = [i for i, row_marks in enumerate(marks) if any(row_marks)], 0
@@ -87,7 +87,7 @@ class _Walk:
         """Return the place where the row goes on as the model does, if little but marked tokens lie before it."""
         marked = 0
         for place in range(self.place, len(self.row.ids)):
-            if not self.marks[place] and self.row.ids[place] == said:
+            if self.row.ids[place] == said:
                 return place if 2 * marked >= place - self.place else None
             marked += self.marks[place]
         return None
