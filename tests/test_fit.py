@@ -51,12 +51,6 @@ def test_a_fitted_vector_shows_the_behaviour_and_records_what_was_measured(folde
     assert "BANANAS" not in artifact.encode(vector).decode("latin-1")
 
 
-@pytest.mark.parametrize("kind", ["topic", "trait"])
-def test_a_row_cannot_be_unwanted_and_an_anchor(folder: Path, kind: str) -> None:
-    with pytest.raises(InputError, match="1 of the unwanted rows are among the anchors too"):
-        fit(folder, UNWANTED, anchors=[*UNWANTED[:1], chat("good day", "to you")], kind=kind, config=FAST)
-
-
 def test_a_fit_says_which_weights_are_in_no_site(folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     model = tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256)

@@ -49,15 +49,13 @@ def fit(
     first quick vector does not act become anchors too, and a topic's rows that it recognises are fitted on. state: a
     file that keeps the progress of a long fit; an existing one is taken up.
 
-    Raises RowError on unusable rows, InputError on rows that are unwanted and anchors both, CheckpointError on an
-    unusable model, WeakVectorError when the vector does not show the behaviour on held-out rows (unless `allow_weak`).
+    Raises RowError on unusable rows, CheckpointError on an unusable model, WeakVectorError when the vector does not
+    show the behaviour on held-out rows (unless `allow_weak`).
     """
     if kind not in KINDS:
         raise UsageError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     job = _Job.load(model, unwanted, kind, config or FitConfig())
     ordinary = [] if anchors is None else job.encode(read_rows(anchors, "anchors").rows)
-    if both := len({*job.unwanted} & {*ordinary}):
-        raise InputError(f"{both} of the unwanted rows are among the anchors too: a row is the one or the other")
     training = [] if calibrate is None else job.training(calibrate)
     first: SecurityVector | None = None
     if kind == "trait" and (training or ordinary):
