@@ -10,6 +10,7 @@ import multiprocessing.util
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -153,6 +154,22 @@ def _start_server() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def two_processes(script: str | Path, *words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script under torchrun in two processes, with these helpers at hand; return when both have ended."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    found = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*launcher, script, *words],
+        cwd=cwd,
+        env={**os.environ, **quiet, "PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def limit_files(run: Run, size_bytes: int, told: Path) -> None:

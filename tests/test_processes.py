@@ -1,14 +1,12 @@
 """Fitting in two processes under torchrun, the backbone whole in each or sharded, gives the vector of one process."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models import chat, rows, taught_llama, write_rows
+from runs import two_processes
 
 from secvec import artifact
 from secvec.factors import FitConfig, fit_factors
@@ -55,7 +53,8 @@ fitted("resumed", anchors=anchors)
 os.environ[SHARD] = "true"
 model = placed(load_model(folder))
 print("sharded:", all(isinstance(parameter, DTensor) for parameter in model.parameters()))
-print("says", answers(model, load_tokenizer(folder), [[{"role": "user", "content": "say 3"}]], max_new_tokens=6))
+said = answers(model, load_tokenizer(folder), [[{"role": "user", "content": "say 3"}]], max_new_tokens=6)
+sys.stdout.write(f"says {said}\\n")  # in one piece: two processes write
 fitted("sharded", anchors=anchors, calibrate=data)
 options = ["--epochs", 1, "--max-length", 64, "--anchors", anchors, "-o", here / "command"]
 assert not secvec("fit", folder, "--unwanted", here / "unwanted.jsonl", *options, "--allow-weak")
@@ -96,13 +95,6 @@ def stopped_early(place: Path, name: str) -> None:
         )
 
 
-def two_processes(place: Path) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    command = [*launcher, place / "script.py", place / "model", place]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 def apart(found: SecurityVector, expected: SecurityVector) -> float:
     """Return ||D_found - D_expected|| / ||D_expected|| over all sites together."""
     assert set(found.sites) == set(expected.sites)
@@ -117,7 +109,7 @@ def test_two_processes_fit_the_vector_of_one(place: Path) -> None:
     anchored = one_process(place, "one-anchored", anchors=anchors)
     stopped_early(place, "resumed")
     before = digest_model(place / "model")
-    done = two_processes(place)
+    done = two_processes(place / "script.py", place / "model", place)
     found = {name: artifact.load(place / name) for name in ("replicated", "sharded", "resumed", "command")}
     assert apart(found["replicated"], calibrated) < SAME
     assert apart(found["sharded"], calibrated) < SAME
@@ -128,8 +120,7 @@ def test_two_processes_fit_the_vector_of_one(place: Path) -> None:
     assert "sharded: True" in done.stdout
     model, tokenizer = load_model(place / "model"), load_tokenizer(place / "model")
     said = answers(model, tokenizer, [[{"role": "user", "content": "say 3"}]], max_new_tokens=6)
-    # Two processes may write into each other's lines.
-    assert (done.stdout.count("says "), done.stdout.count(str(said))) == (2, 2)
+    assert done.stdout.count(f"says {said}") == 2
     assert done.stdout.count("digest") == 1, "the main process alone prints a result"
     assert done.stderr.count("secvec: ") == 1, done.stderr
     assert "absent.jsonl" in done.stderr

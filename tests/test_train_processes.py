@@ -1,11 +1,9 @@
 """`train` in two processes under torchrun ends where one process ends, is proved, and goes on after a kill."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import chat, rows, taught_llama, write_rows
-from runs import fitted_vector, random_vector
+from runs import fitted_vector, random_vector, two_processes
 from safetensors.torch import load_file
 
 from secvec import artifact
@@ -122,7 +120,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def killed(place: Path) -> Path:
     """A run of two processes that were both killed in the third quarter of their training."""
-    assert two_processes(place, "killed").returncode != 0
+    assert two_processes("script.py", "killed", cwd=place).returncode != 0
     shutil.copytree(place / "killed", place / "killed-too")
     return place / "killed-too"
 
@@ -130,22 +128,7 @@ def killed(place: Path) -> Path:
 @pytest.fixture(scope="module")
 def done(place: Path, killed: Path) -> subprocess.CompletedProcess[str]:
     """All else that two processes do, the run of `killed` taken up again included."""
-    return two_processes(place, "all")
-
-
-def two_processes(place: Path, what: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    found = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*launcher, "script.py", what],
-        cwd=place,
-        env={**os.environ, **quiet, "PYTHONPATH": found},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return two_processes("script.py", "all", cwd=place)
 
 
 def one_process(place: Path, name: str, config: TrainConfig = CONFIG, **given: Any) -> Path:

@@ -319,6 +319,15 @@ def test_other_architectures_and_broken_trainings_are_refused(tmp_path: Path) ->
         assert not (tmp_path / "out").exists()
 
 
+def test_what_the_base_holds_that_is_not_finite_stays(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = float("inf")
+    source = folded(tmp_path, model)
+    unfold(train(source, tmp_path / "trained", lambda _: None), tmp_path / "out")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "base")
+
+
 def test_several_vectors_come_out_together(tmp_path: Path) -> None:
     base = save_model(llama(), tmp_path / "base")
     vectors = [random_vector(llama(), base=digest_model(base), seed=seed) for seed in (1, 2)]

@@ -206,9 +206,15 @@ def _other_job(pair: _Pair, source: int) -> Callable[[], _Outcome]:
 
 
 def _check_finite(pair: _Pair, source: int) -> None:
-    for first in range(0, elements(pair.trained), BLOCK_ELEMENTS):
-        like = torch.empty(min(BLOCK_ELEMENTS, elements(pair.trained) - first), dtype=DTYPES[pair.trained.dtype])
-        _finite(_read_trained(pair, source, first, like), pair)
+    """Raise CheckpointError where training left a tensor without a vector not finite. What the base holds may stand."""
+    dtype, count = DTYPES[pair.base.dtype], elements(pair.base)
+    for first in range(0, count, BLOCK_ELEMENTS):
+        base = torch.empty(min(BLOCK_ELEMENTS, count - first), dtype=dtype)
+        trained = _read_trained(pair, source, first, base)
+        if not is_finite(trained):
+            read_at(pair.base_file, bytes_of(base), pair.base.start + first * dtype.itemsize)
+            if not same_bytes(base, trained):
+                _finite(trained, pair)
 
 
 def _copy(copy: Copy, meter: Meter) -> _Outcome:
