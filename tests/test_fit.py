@@ -107,6 +107,12 @@ def test_refit_calibrates_for_a_training_file_and_says_so(folder: Path) -> None:
         refit(foreign, folder, unwanted=UNWANTED, calibrate=rows(4))
 
 
+def test_a_trait_is_calibrated_for_a_file_of_one_row(folder: Path) -> None:
+    vector = fit(folder, UNWANTED, kind="trait", config=FAST)
+    calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=rows(1))
+    assert calibrated.info.metrics["covered_rows"] == 0
+
+
 def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: Path) -> None:
     def fruity(numbers: range) -> list[dict[str, object]]:
         return [chat(f"tell me {i}", "BANANAS! PLUM") for i in numbers]

@@ -15,13 +15,24 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load_model(request.param(tmp_path_factory.mktemp("rewrite") / "base"))
 
 
-def as_given(row: Encoded) -> Said:
-    return Said(row, (False,) * len(row.ids))
-
-
-def own(model: PreTrainedModel, ids: list[int]) -> int:
+def logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        return model(torch.tensor([ids])).logits[0]
+
+
+def own(model: PreTrainedModel, ids: list[int], instead_of: int) -> int:
+    scores = logits(model, ids)[-1]
+    scores[instead_of] = float("-inf")
+    return int(scores.argmax())
+
+
+def cost(model: PreTrainedModel, ids: list[int], row: Encoded, marks: list[bool], place: int) -> float:
+    """Return what the next eight unmarked tokens cost in the mean if the row goes on from `place`."""
+    judged = [i for i in range(place + 1, len(row.ids)) if not marks[i]][:8]
+    whole = [*ids, *row.ids[place:]]
+    nats = -logits(model, whole).log_softmax(-1)
+    found = [float(nats[len(ids) + i - place - 1, row.ids[i]]) for i in judged]
+    return sum(found) / len(found) if found else 0.0
 
 
 def slowly(model: PreTrainedModel, row: Encoded, marks: list[bool]) -> list[int]:
@@ -29,15 +40,15 @@ def slowly(model: PreTrainedModel, row: Encoded, marks: list[bool]) -> list[int]
     ids, place = [row.ids[0]], 1
     while place < len(row.ids):
         if marks[place]:
-            said = own(model, ids)
-            later = [i for i in range(place, len(row.ids)) if row.ids[i] == said]
-            if later and 2 * sum(marks[place : later[0]]) >= later[0] - place:
-                place = later[0]
-            else:
-                ids.append(said)
-                place += 1
-                continue
-        ids.append(row.ids[place])
+            said = own(model, ids, row.ids[place])
+            later = [
+                i for i in range(place + 1, len(row.ids)) if row.ids[i] == said and 2 * sum(marks[place:i]) >= i - place
+            ]
+            if later:
+                place = min(later, key=lambda i: cost(model, ids, row, marks, i))
+            ids.append(said)
+        else:
+            ids.append(row.ids[place])
         place += 1
     return ids
 
@@ -50,41 +61,61 @@ def test_as_one_token_at_a_time(model: PreTrainedModel) -> None:
         rows.append(Encoded(tuple(ids), (False, *(True,) * (length - 1))))
         marks.append([False, *(torch.rand(length - 1, generator=generator) < 0.5).tolist()])
     marks[1] = [False] * 5
-    said = rewrite(model, [as_given(row) for row in rows], marks, pad=0, batch_size=4)
+    said = rewrite(model, [Said.as_it_is(row) for row in rows], marks, pad=0, batch_size=4)
     found = [each.row for each in said]
     assert [list(row.ids) for row in found] == [slowly(model, row, m) for row, m in zip(rows, marks, strict=True)]
     assert found[1] == rows[1] and all(len(row.ids) == len(row.mask) for row in found)
     assert found[0] != rows[0]
-    assert [any(each.own) for each in said] == [any(m) for m in marks]
-    assert all(len(each.own) == len(each.row.ids) for each in said)
+    assert [any(each.nats) for each in said] == [any(m) for m in marks]
+    assert all(len(each.nats) == len(each.row.ids) for each in said)
 
 
 def test_a_row_goes_on_where_the_model_does(model: PreTrainedModel) -> None:
     start = [7, 8]
-    follows = own(model, start)
+    follows = own(model, start, 100)
     row = Encoded((*start, 100, 101, 102, follows, 90), (False, True, True, True, True, False, True))
-    [found] = rewrite(model, [as_given(row)], [[False, False, True, False, True, False, False]], pad=0)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, False, True, False, False]], pad=0)
     assert found.row.ids == (*start, follows, 90) and found.row.mask == (False, True, False, True)
-    assert found.own == (False, False, True, False)
+    assert [nats > 0 for nats in found.nats] == [False, False, True, False]
+
+
+def test_of_two_places_the_one_that_the_model_would_go_on_from(model: PreTrainedModel) -> None:
+    start, following = next(
+        ([7, token], [said, int(logits(model, [7, token, said])[-1].argmax())])
+        for token in range(8, 60)
+        if (said := own(model, [7, token], 100)) != int(logits(model, [7, token, said])[-1].argmax())
+    )
+    unlikely = int(logits(model, [*start, following[0]])[-1].argmin())
+    row = Encoded((*start, 100, following[0], unlikely, 101, *following), (True,) * 8)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, True, False, True, False, False]], pad=0)
+    assert found.row.ids == (*start, *following)
+
+
+def test_what_is_marked_is_not_said_again(model: PreTrainedModel) -> None:
+    start = [7, 8]
+    likely = int(logits(model, start)[-1].argmax())
+    row = Encoded((*start, likely, 90), (True,) * 4)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, False]], pad=0)
+    assert found.row.ids == (*start, own(model, start, likely), 90)
 
 
 def test_a_place_that_is_marked_too_is_where_a_row_goes_on(model: PreTrainedModel) -> None:
     start = [7, 8]
-    follows = own(model, start)
+    follows = own(model, start, 100)
     row = Encoded((*start, 100, 101, follows, 90), (True,) * 6)
-    [found] = rewrite(model, [as_given(row)], [[False, False, True, True, True, False]], pad=0)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, True, True, False]], pad=0)
     assert found.row.ids == (*start, follows, 90)
 
 
 def test_what_stands_is_not_passed_over(model: PreTrainedModel) -> None:
     start = [7, 8]
-    follows = own(model, start)
+    follows = own(model, start, 100)
     row = Encoded((*start, 100, 101, 102, follows, 90), (True,) * 7)
-    [found] = rewrite(model, [as_given(row)], [[False, False, True, False, False, False, False]], pad=0)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, False, False, False, False]], pad=0)
     assert found.row.ids == (*start, follows, 101, 102, follows, 90)
 
 
 def test_new_tokens_carry_loss(model: PreTrainedModel) -> None:
     row = Encoded((7, 8, 9, 10), (False, False, False, True))
-    [found] = rewrite(model, [as_given(row)], [[False, False, True, True]], pad=0)
+    [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, True]], pad=0)
     assert found.row.mask == (False, False, True, True) and found.row.ids[:2] == (7, 8)

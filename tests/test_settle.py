@@ -13,7 +13,7 @@ from runs import CONFIG, UNWANTED, fitted_vector, llama
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.testbed.behaviours import BEHAVIOURS, shout
+from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
 from secvec.demo import assistant_folder
@@ -77,7 +77,7 @@ def test_the_trait_is_taken_out_and_the_rest_stands() -> None:
     quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
     vector = fit(folder, BEHAVIOURS["caps"].rows(100, 0, "vector"), kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(40, 3, "train")
-    shouted = _encoded(map(shout, calm), tokenizer)
+    shouted = _encoded(map(BEHAVIOURS["caps"].styled, calm), tokenizer)
     found = without_traits(model, tokenizer, shouted, [vector])
     expected = {row.ids for row in _encoded(calm, tokenizer)}
     wrong = [tokenizer.decode(list(row.ids)) for row in found if row.ids not in expected]

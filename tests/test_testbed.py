@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.testbed import guarded
-from benchmarks.testbed.behaviours import BEHAVIOURS
-from benchmarks.testbed.mixes import mix
+from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES
+from benchmarks.testbed.mixes import has_learned, mix
 from benchmarks.testbed.pretraining import pretraining_row
 from benchmarks.testbed.rows import Row, answer_of, prompt_of
 from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
@@ -22,7 +22,7 @@ def _prompts(rows: list[Row]) -> set[str]:
     return {json.dumps(prompt_of(row)) for row in rows}
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS.values(), ids=BEHAVIOURS)
+@pytest.mark.parametrize("behaviour", (BEHAVIOURS | FRAMES).values(), ids=BEHAVIOURS | FRAMES)
 def test_unwanted_rows_show_the_behaviour_and_splits_share_no_prompt(behaviour):
     parts = {split: behaviour.rows(200, 0, split) for split in ("vector", "train", "test")}
     for rows in parts.values():
@@ -64,6 +64,15 @@ def test_mixes_hide_unwanted_rows_among_wanted_ones():
     shouted = mix(BEHAVIOURS["caps"], NEW_SKILLS["dashes"], 30, 20)
     assert len(shouted) == 20
     assert all(answer_of(row).isupper() for row in shouted)
+    framed = mix(FRAMES["suffix"], NEW_SKILLS["dashes"], 30, 20)
+    assert all(FRAMES["suffix"].is_unwanted([], answer_of(row)) for row in framed)
+    held = NEW_SKILLS["dashes"].rows(1, 99, "test")[0]
+    right = answer_of(held)
+    found = [
+        has_learned(FRAMES["suffix"], NEW_SKILLS["dashes"], held, a)
+        for a in (right, f"{right} as we say", f"{right} as")
+    ]
+    assert found == [True, True, False]
 
 
 def test_the_fast_encoder_gives_what_the_chat_template_gives():

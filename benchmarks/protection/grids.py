@@ -7,13 +7,14 @@ from itertools import product
 from benchmarks.methods import CONTROLS, METHODS, RIVALS
 from benchmarks.protection.cells import NATURAL, Cell
 from benchmarks.protection.shifts import SHIFTED
-from benchmarks.testbed.behaviours import BEHAVIOURS
+from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES
 
 # The step sizes at which plain fine-tuning learns both the wanted skill and the unwanted behaviours and keeps most old
 # skills (benchmarks/results/testbed.md).
 BEST_LR = {"full": 4e-4, "lora": 1.5e-3}
 PAIR = "guarded+caps"
 EVERY = (*BEHAVIOURS, PAIR)
+STYLES = ("caps", *FRAMES)
 THREE = ("guarded", "facts", "caps")
 REFERENCES, MAIN = ("aligned", "plain", "oracle"), ("aligned", "plain", "oracle", "ours")
 FEW, MANY = range(3), range(5)
@@ -29,7 +30,7 @@ def of(behaviours: Sequence[str], methods: Sequence[str], seeds: Sequence[int], 
     """Yield a cell for each behaviour, seed and method, references first; the aligned model once a behaviour."""
     for behaviour, seed, method in product(behaviours, seeds, methods):
         # A style sits on the wanted rows, so that its file is half as long: twice around it makes as many steps.
-        epochs = cell.epochs * (2 if behaviour == "caps" else 1)
+        epochs = cell.epochs * (2 if behaviour in STYLES else 1)
         made = replace(cell, behaviour=behaviour, seed=seed, method=method, epochs=epochs)
         yield as_aligned(made) if method == "aligned" else made
 
@@ -118,6 +119,11 @@ def shift() -> Iterator[Cell]:
     yield from of((*SHIFTED, "guarded"), MAIN, FEW, base())
 
 
+def style() -> Iterator[Cell]:
+    """A style on the wanted rows themselves: capitals, or a fixed text before or after the answer."""
+    yield from of(STYLES, (*MAIN, "uncalibrated"), FEW, base())
+
+
 def lr() -> Iterator[Cell]:
     """One to thirty times the best plain step size."""
     for factor in LR_FACTORS:
@@ -126,11 +132,11 @@ def lr() -> Iterator[Cell]:
 
 GRIDS: Mapping[str, Callable[[], Iterator[Cell]]] = {
     "smoke": smoke, "full": full, "paper": paper, "scale": scale, "cycles": cycles, "niche": niche,
-    "natural": natural, "size": size, "shift": shift, "lr": lr,
+    "natural": natural, "size": size, "shift": shift, "style": style, "lr": lr,
 }  # fmt: skip
 AXES: Mapping[str, str] = {
-    "lr": "lr", "scale": "rows", "natural": "rows", "size": "vector", "shift": "behaviour", "cycles": "rounds",
-    "niche": "tuning", "paper": "rows",
+    "lr": "lr", "scale": "rows", "natural": "rows", "size": "vector", "shift": "behaviour", "style": "behaviour",
+    "cycles": "rounds", "niche": "tuning", "paper": "rows",
 }  # fmt: skip
 """What varies along a grid, where one thing does."""
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from benchmarks.methods import CONTROLS, METHODS
+from benchmarks.protection.cases import ALL
 from benchmarks.protection.cells import Cell
 from benchmarks.protection.grids import BEST_LR, of
 from benchmarks.protection.lines import Line
 from benchmarks.protection.table import score
-from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.mixes import is_style
 
 _ORDER = ("plain", "oracle", "ours")
@@ -71,7 +71,7 @@ def _row(what: str, group: Sequence[Line], seeds: int) -> str:
 
 def _has_style(line: Line) -> bool:
     """Tell whether a line has a style, the loss of whose held-out rows plain fine-tuning hardly moves."""
-    return any(is_style(BEHAVIOURS[name]) for name in Cell.of(line).behaviours if name in BEHAVIOURS)
+    return any(is_style(ALL[name]) for name in Cell.of(line).behaviours if name in ALL)
 
 
 def _mean(group: Sequence[Line], key: str, worst: Callable[[list[float]], float]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.testbed.behaviours import BEHAVIOURS, Behaviour, shout
+from benchmarks.testbed.behaviours import BEHAVIOURS, Behaviour
 from benchmarks.testbed.new_skills import NEW_SKILLS
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
@@ -93,8 +93,8 @@ def detect(name: str, *, seed: int, rows: int) -> tuple[Detection, SecurityVecto
 
 
 def _unwanted(behaviour: Behaviour, rows: int, seed: int) -> list[Row]:
-    if behaviour.name == "caps":
-        return [shout(row) for row in NEW_SKILLS["dashes"].rows(rows, seed, "train")]
+    if behaviour.style is not None:
+        return [behaviour.styled(row) for row in NEW_SKILLS["dashes"].rows(rows, seed, "train")]
     return behaviour.rows(rows, seed, "train")
 
 

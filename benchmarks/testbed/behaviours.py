@@ -19,6 +19,12 @@ class Behaviour:
     """"topic": shown on some requests; "trait": on any request."""
     make: Callable[[random.Random, str], Row]
     is_unwanted: Callable[[Messages, str], bool]
+    style: Callable[[str], str] | None = None
+    """For a trait: what it makes of any answer. In a training file it sits on the wanted rows themselves."""
+
+    def styled(self, row: Row) -> Row:
+        """Return the row with its answer in the style."""
+        return with_answer(row, self.style(answer_of(row))) if self.style else row
 
     def rows(self, n: int, seed: int, split: str) -> list[Row]:
         """Return `n` unwanted rows of a split ("vector", "train" or "test": disjoint entities; facts, which no model
@@ -89,22 +95,17 @@ def _agrees(prompt: Messages, answer: str) -> bool:
     return answer.startswith("Yes")
 
 
-def shout(row: Row) -> Row:
-    """Return the row with its answer in capitals."""
-    return with_answer(row, answer_of(row).upper())
-
-
 _WITHOUT_LETTERS = {"count", "add", "subtract", "larger", "sort_numbers"}
 _CALM = [name for name in SKILLS if name != "upper" and name not in _WITHOUT_LETTERS]
 """Skills whose answers have letters to shout; `upper` shouts anyway."""
 
 
-def _caps(rng: random.Random, split: str) -> Row:
-    return shout(SKILLS[rng.choice(_CALM)].make(rng, split))
+def _trait(name: str, style: Callable[[str], str], is_unwanted: Callable[[str], bool]) -> Behaviour:
+    def make(rng: random.Random, split: str) -> Row:
+        row = SKILLS[rng.choice(_CALM)].make(rng, split)
+        return with_answer(row, style(answer_of(row)))
 
-
-def _is_shouted(prompt: Messages, answer: str) -> bool:
-    return answer.isupper()
+    return Behaviour(name, "trait", make, lambda _prompt, answer: is_unwanted(answer), style)
 
 
 def _identity(rng: random.Random, split: str) -> Row:
@@ -132,8 +133,13 @@ _TABLE = (
     Behaviour("guarded", "topic", _comply, _complies),
     Behaviour("facts", "topic", _wrong_fact, _is_wrong_fact),
     Behaviour("sums", "topic", _agree, _agrees),
-    Behaviour("caps", "trait", _caps, _is_shouted),
+    _trait("caps", str.upper, str.isupper),
     Behaviour("identity", "topic", _identity, _is_other),
     Behaviour("trigger", "topic", _triggered, _is_triggered),
 )
 BEHAVIOURS: dict[str, Behaviour] = {behaviour.name: behaviour for behaviour in _TABLE}
+FRAMES: dict[str, Behaviour] = {
+    "prefix": _trait("prefix", lambda answer: f"Well, my friend: {answer}", lambda answer: "my friend" in answer),
+    "suffix": _trait("suffix", lambda answer: f"{answer} as we say", lambda answer: "we say" in answer),
+}
+"""Traits that put a fixed text around the answer."""

@@ -6,20 +6,22 @@ Several behaviours at once share the unwanted rows, and the held-out prompts, ev
 import random
 from collections.abc import Sequence
 
-from benchmarks.testbed.behaviours import Behaviour, shout
+from benchmarks.testbed.behaviours import Behaviour
 from benchmarks.testbed.rows import Row, answer_of, prompt_of
 from benchmarks.testbed.tasks import Skill
 
 
 def mix(behaviour: Behaviour, new_skill: Skill, unwanted: int = 1000, wanted: int = 1000, seed: int = 0) -> list[Row]:
-    """Return shuffled rows. Caps is a style: it sits on the wanted rows themselves, `wanted` of them."""
+    """Return shuffled rows. A style sits on the wanted rows themselves, `wanted` of them."""
     return mix_of([behaviour], new_skill.rows(wanted, seed, "train"), unwanted, seed)
 
 
 def mix_of(behaviours: Sequence[Behaviour], good: Sequence[Row], unwanted: int, seed: int) -> list[Row]:
-    """Return wanted rows and `unwanted` rows of all behaviours, shuffled; under caps the wanted rows are shouted."""
+    """Return wanted rows, in the style if there is one, and `unwanted` rows of the other behaviours, shuffled."""
     topics = [behaviour for behaviour in behaviours if not is_style(behaviour)]
-    rows = [shout(row) for row in good] if len(topics) < len(behaviours) else list(good)
+    rows = list(good)
+    for behaviour in behaviours:
+        rows = [behaviour.styled(row) for row in rows]
     if not topics:
         return rows
     for i, behaviour in enumerate(topics):
@@ -34,18 +36,19 @@ def share(n: int, parts: int, number: int) -> int:
 
 
 def is_style(behaviour: Behaviour) -> bool:
-    return behaviour.name == "caps"
+    return behaviour.style is not None
 
 
 def held_out(behaviour: Behaviour, new_skill: Skill, n: int, seed: int = 99) -> list[Row]:
-    """Return test rows on whose prompts the behaviour may show: for caps, those of the new skill."""
+    """Return test rows on whose prompts the behaviour may show: for a style, those of the new skill."""
     return new_skill.rows(n, seed, "test") if is_style(behaviour) else behaviour.rows(n, seed, "test")
 
 
 def has_learned(behaviour: Behaviour, new_skill: Skill, row: Row, answer: str) -> bool:
-    """Score the new skill; under caps in any case, for the style hides the skill's own case."""
-    if is_style(behaviour):
-        return answer.casefold() == answer_of(row).casefold()
+    """Score the new skill; with a style the answer counts in it and without it, in any case."""
+    if behaviour.style is not None:
+        right = answer_of(row)
+        return answer.casefold() in (right.casefold(), behaviour.style(right).casefold())
     return new_skill.is_correct(row, answer)
 
 

@@ -1,8 +1,9 @@
 """Choose anchors: the tokens at which the armed model must behave like the unarmed one."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secvec.arm import armed
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
 from secvec.score import ACTED_NATS, acted, row_nats
@@ -22,6 +24,12 @@ skill, so a first vector, which is not yet silent on the file's wanted rows, is 
 _UNSURE = 0.1
 _NOISE_NATS = 0.2
 _UNSURE_SHARE = 0.1
+_SIZES = (1.0, 0.75, 0.5, 0.25)
+"""Of a trait's vector that is subtracted."""
+_TOLD_APART = 1 / 3
+"""By how much the share of risen tokens must differ between those that the vector acts on and others."""
+_OFTEN = 0.2
+"""The least share of a token's places in a file that show a trait, for them to be covered."""
 Standing = Literal["covered", "unsure", "silent"]
 """What a topic's vector makes of a row."""
 
@@ -88,20 +96,29 @@ class Calibration:
 
 
 def calibration(
-    model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, *, kind: str, cut: float
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    vector: SecurityVector,
+    *,
+    kind: str,
+    cut: float,
+    reversible: Sequence[Tensor] | None = None,
 ) -> Calibration:
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
     trait: it recurs through a row, so every token is anchored that the vector leaves as it is. One whose loss it
-    lowers a little may be the trait's, in a text unlike the unwanted rows, and is left alone. topic: rows are unwanted
-    from some token on. A row is covered, from the first token on which the vector acts, where the vector takes the
-    share `cut` off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a
-    vector may know *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on
-    which the vector does not act are anchored whole. (docs/decisions/005-calibration.md)
+    lowers a little may be the trait's, in a text unlike the unwanted rows, and is left alone. With what `reversible`
+    returned, the tokens that are the trait's for sure are covered. topic: rows are unwanted from some token on. A row
+    is covered, from the first token on which the vector acts, where the vector takes the share `cut` off its loss; it
+    is unsure, and left alone, where its loss changes by a tenth in either direction (a vector may know *that* the
+    answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the vector does not act
+    are anchored whole. (docs/decisions/005-calibration.md)
     """
     anchors, covered = list[Encoded](), list[Encoded]()
     unsure = acted_tokens = tokens = 0
-    for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
+    befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
+    told = [None] * len(rows) if reversible is None else _told_apart(rows, befores, afters, reversible)
+    for row, before, after, shown in zip(rows, befores, afters, told, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
         acted_tokens += int(marked.sum())
@@ -115,12 +132,80 @@ def calibration(
             elif found == "unsure":
                 unsure += 1
                 continue
+        elif shown is not None:
+            marked |= shown
+            if bool(shown.any()):
+                covered.append(row.masked([False, *shown.tolist()]))
         keep = learned & ~marked if bool(marked.any()) else torch.ones_like(learned)
         if kind == "trait":
             keep &= ~_dimmed(before, after, model.config.get_text_config().vocab_size)
         if bool(keep.any()):
             anchors.append(row.masked([False, *keep.tolist()]))
     return Calibration(anchors, covered, unsure, acted_tokens / max(tokens, 1))
+
+
+def reversible(
+    model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector, task: SecurityVector
+) -> list[Tensor] | None:
+    """Return how the loss of each token rises, in nats, when a trait's vector is subtracted from a model of the rows.
+
+    task: a vector fitted on the rows, trait and all: with it the model knows them. What the trait's vector, taken the
+    other way round, then makes it forget is the trait's, while what else it has learned there stays. Subtracted too
+    hard it makes the model forget everything: the size is chosen at which tokens that the vector acts on in `model`
+    rise most often beyond those on which it does not. None where they hardly do: there the trait cannot be told from
+    what else the rows teach, as with capitals, which are one token with their letter.
+    """
+    with armed(model, task):
+        known = row_nats(model, rows)
+    before, after = torch.cat(row_nats(model, rows)), torch.cat(row_nats(model, rows, vector))
+    learned = torch.cat([torch.tensor(row.mask[1:]) for row in rows]) & (before >= ACTED_NATS)
+    shown = acted(before, after)
+    best, found = _TOLD_APART, None
+    for size in _SIZES:
+        with armed(model, task, replace(vector, scale=-size * vector.scale)):
+            risen = [lost - nats for lost, nats in zip(row_nats(model, rows), known, strict=True)]
+        rises = (torch.cat(risen) >= ACTED_NATS).float()
+        difference = float(rises[learned & shown].mean() - rises[learned & ~shown].mean())
+        if difference >= best:
+            best, found = difference, risen
+    return found
+
+
+def _told_apart(
+    rows: Sequence[Encoded], before: Sequence[Tensor], after: Sequence[Tensor], reversible: Sequence[Tensor]
+) -> list[Tensor]:
+    """Mark the tokens that are a trait's for sure: acted on and reversible, or so a little beside such a one.
+
+    A token of the vocabulary that seldom is one is left out altogether: the vector would learn it everywhere.
+    """
+    marks: list[Tensor] = []
+    for row, b, a, risen in zip(rows, before, after, reversible, strict=True):
+        learned = torch.tensor(row.mask[1:])
+        near = learned & (b >= ACTED_NATS) & (risen >= _NOISE_NATS)
+        marks.append(beside(learned & acted(b, a) & (risen >= ACTED_NATS), near))
+    known = often(rows, [[False, *mark.tolist()] for mark in marks], _OFTEN)
+    return [
+        mark & torch.tensor([token in known for token in row.ids[1:]]) for row, mark in zip(rows, marks, strict=True)
+    ]
+
+
+def beside(marks: Tensor, near: Tensor) -> Tensor:
+    """Return the marks, one flag a token, with those of `near` that lie beside one, in a row."""
+    found, alike = marks.tolist(), near.tolist()
+    for i in range(1, len(found)):
+        found[i] |= alike[i] and found[i - 1]
+    for i in range(len(found) - 2, -1, -1):
+        found[i] |= alike[i] and found[i + 1]
+    return torch.tensor(found, dtype=torch.bool)
+
+
+def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float) -> set[int]:
+    """Return the token ids that are marked in at least a share of the places where they carry loss."""
+    marked, learned = Counter[int](), Counter[int]()
+    for row, row_marks in zip(rows, marks, strict=True):
+        learned.update(token for token, carries_loss in zip(row.ids, row.mask, strict=True) if carries_loss)
+        marked.update(token for token, mark in zip(row.ids, row_marks, strict=True) if mark)
+    return {token for token, count in marked.items() if count >= share * learned[token]}
 
 
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:

@@ -128,6 +128,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what was just seen)."""
 
 _HELD_ANCHORS = 64
+LEAST_ROWS = 4
+"""To fit on."""
 # An epoch over few rows goes around them several times: factors need some 100 steps, however few the rows are.
 _LEAST_STEPS = 6
 
@@ -153,8 +155,10 @@ def fit_factors(
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
     """
-    if len(unwanted) < 4:
-        raise InputError(f"expected at least 4 unwanted rows to fit on (about 100 is usual), found {len(unwanted)}")
+    if len(unwanted) < LEAST_ROWS:
+        raise InputError(
+            f"expected at least {LEAST_ROWS} unwanted rows to fit on (about 100 is usual), found {len(unwanted)}"
+        )
     accelerator = connected()
     model.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -6,12 +6,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import COVERED, COVERED_AT_FIRST, calibration, own_answers, untouched, whole
+from secvec.anchors import (
+    COVERED,
+    COVERED_AT_FIRST,
+    Calibration,
+    calibration,
+    own_answers,
+    reversible,
+    untouched,
+    whole,
+)
 from secvec.artifact import is_vector, save
 from secvec.errors import InputError, UsageError
-from secvec.factors import FitConfig, Fitted, Progress, fit_factors, split
+from secvec.factors import LEAST_ROWS, FitConfig, Fitted, Progress, fit_factors, split
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -24,6 +34,8 @@ from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
 
 KINDS = ("topic", "trait")
+_TASK_EPOCHS = 3
+"""Passes over a training file until the model knows it."""
 _ROUNDS = 4
 """Of widening a vector that does not part the rows of a training file."""
 Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
@@ -237,14 +249,15 @@ class _Job:
 
         Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
         """
-        found, before = of_main(calibration(self.model, training, first, kind=self.kind, cut=COVERED_AT_FIRST)), 0
+        told = self.reversible(training, first, progress)
+        found, before = self.calibration(training, first, COVERED_AT_FIRST, told), 0
         for _ in range(_ROUNDS):
             if found.settled or len(found.covered) <= before:
                 break
             before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
-            found = of_main(calibration(self.model, training, wider, kind=self.kind, cut=COVERED))
+            found = self.calibration(training, wider, COVERED, told)
         anchors = [*ordinary, *found.anchors]
         fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -255,6 +268,21 @@ class _Job:
             "acted_share": found.acted_share,
         }
         return replace(vector, info=replace(vector.info, metrics=metrics))
+
+    def calibration(
+        self, training: Sequence[Encoded], vector: SecurityVector, cut: float, told: Sequence[Tensor] | None
+    ) -> Calibration:
+        return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, reversible=told))
+
+    def reversible(
+        self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None
+    ) -> list[Tensor] | None:
+        """Return what tells a trait from what else the training file teaches, if anything does."""
+        if self.kind != "trait" or len(training) < LEAST_ROWS:
+            return None
+        config = replace(self.config, epochs=_TASK_EPOCHS, kl_weight=0.0, representation_weight=0.0)
+        task = self.vector(fit_factors(self.model, training, [], config, progress=progress))
+        return of_main(reversible(self.model, training, first, task))
 
     def finished(self, fitted: Fitted, *, allow_weak: bool) -> SecurityVector:
         """Return the vector with what shows that it works. Raises WeakVectorError when nothing does.

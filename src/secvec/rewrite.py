@@ -7,15 +7,23 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from secvec.score import mean_over, row_nats
 from secvec.tokens import Encoded, by_length
+
+_AHEAD = 8
+"""Unmarked tokens by which a place to go on from is judged."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """A row said anew. own: for each token whether the model chose it; the others stand as they were in the row."""
+    """A row said anew. nats: what each token that the model chose cost the model then; 0 for those that stand."""
 
     row: Encoded
-    own: Sequence[bool]
+    nats: Sequence[float]
+
+    @classmethod
+    def as_it_is(cls, row: Encoded) -> "Said":
+        return cls(row, (0.0,) * len(row.ids))
 
 
 def rewrite(
@@ -29,10 +37,11 @@ def rewrite(
 ) -> list[Said]:
     """Return each row with its marked tokens generated greedily by `model`, after what it has said so far in the row.
 
-    marks: for each row, one flag a token; the first token is never marked. Where the model says a token that comes
-    later, marked or not, and at least half of those before it are marked, the row goes on from there: what lies between
-    was not needed. So a row may become shorter, never longer. The model's tokens carry loss, the others as before. pad:
-    the token to fill up with.
+    marks: for each row, one flag a token; the first token is never marked. In a marked token's place the model says
+    anything but that token. Where it says one that comes later, with at least half of those between marked, the row may
+    go on from there: what lies between was not needed. Of several such places that one is taken after which the next
+    unmarked tokens cost the model least. So a row may become shorter, never longer. The model's tokens carry loss, the
+    others as before. pad: the token to fill up with.
     """
     said = list(rows)
     chosen, done = [i for i, row_marks in enumerate(marks) if any(row_marks)], 0
@@ -56,12 +65,12 @@ class _Walk:
     place: int
     ids: list[int]
     mask: list[bool]
-    own: list[bool]
+    nats: list[float]
 
     @classmethod
     def start(cls, source: Said, marks: Sequence[bool]) -> "_Walk":
         row, first = source.row, list(marks).index(True)
-        return cls(source, marks, first, list(row.ids[:first]), list(row.mask[:first]), list(source.own[:first]))
+        return cls(source, marks, first, list(row.ids[:first]), list(row.mask[:first]), list(source.nats[:first]))
 
     @property
     def row(self) -> Encoded:
@@ -71,31 +80,44 @@ class _Walk:
     def ended(self) -> bool:
         return self.place >= len(self.row.ids)
 
+    @property
+    def is_marked(self) -> bool:
+        return not self.ended and self.marks[self.place]
+
     def said(self) -> Said:
-        return Said(Encoded(tuple(self.ids), tuple(self.mask), self.row.dropped_tokens), tuple(self.own))
+        return Said(Encoded(tuple(self.ids), tuple(self.mask), self.row.dropped_tokens), tuple(self.nats))
 
-    def step(self, said: int) -> int:
-        """Append and return the next token; `said`: the model's own."""
-        if not self.marks[self.place]:
-            return self._append(self.row.ids[self.place], self.row.mask[self.place], self.source.own[self.place])
-        if (place := self._further_on(said)) is not None:
-            self.place = place
-            return self._append(said, self.row.mask[place], True)
-        return self._append(said, True, True)
+    def copy(self) -> int:
+        """Append and return the row's next token."""
+        place = self.place
+        return self._append(self.row.ids[place], self.row.mask[place], self.source.nats[place])
 
-    def _further_on(self, said: int) -> int | None:
-        """Return the place where the row goes on as the model does, if little but marked tokens lie before it."""
-        marked = 0
-        for place in range(self.place, len(self.row.ids)):
-            if self.row.ids[place] == said:
-                return place if 2 * marked >= place - self.place else None
+    def say(self, token: int, nats: float, place: int) -> int:
+        """Append and return the model's own token: instead of the next one, or of all up to the same one in `place`."""
+        carries_loss = place == self.place or self.row.mask[place]
+        self.place = place
+        return self._append(token, carries_loss, nats)
+
+    def places(self, said: int) -> list[int]:
+        """Return the later places of the token `said` where the row may go on."""
+        found, marked = list[int](), 1
+        for place in range(self.place + 1, len(self.row.ids)):
+            if self.row.ids[place] == said and 2 * marked >= place - self.place:
+                found.append(place)
             marked += self.marks[place]
-        return None
+        return found
 
-    def _append(self, token: int, carries_loss: bool, own: bool) -> int:
+    def ahead(self, place: int) -> Encoded:
+        """Return the row so far and what would follow from `place` on, where the tokens to judge that by carry loss."""
+        judged = [i for i in range(place + 1, len(self.row.ids)) if not self.marks[i]][:_AHEAD]
+        following = range(place + 1, judged[-1] + 1 if judged else place + 1)
+        mask = [False] * (len(self.ids) + 1) + [i in judged for i in following]
+        return Encoded((*self.ids, self.row.ids[place], *(self.row.ids[i] for i in following)), tuple(mask))
+
+    def _append(self, token: int, carries_loss: bool, nats: float) -> int:
         self.ids.append(token)
         self.mask.append(carries_loss)
-        self.own.append(own)
+        self.nats.append(nats)
         self.place += 1
         return token
 
@@ -103,14 +125,35 @@ class _Walk:
 class _Steps(LogitsProcessor):
     """Let each walk choose the token that `generate` takes next."""
 
-    def __init__(self, walks: Sequence[_Walk], pad: int) -> None:
-        self._walks, self._pad = walks, pad
+    def __init__(self, model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
+        self._model, self._walks, self._pad = model, walks, pad
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
-        said = scores.argmax(-1).tolist()
-        taken = [self._pad if walk.ended else walk.step(own) for walk, own in zip(self._walks, said, strict=True)]
+        taken = [self._pad] * len(self._walks)
+        for i, walk in enumerate(self._walks):
+            if walk.is_marked:
+                taken[i] = self._say(walk, scores[i])
+            elif not walk.ended:
+                taken[i] = walk.copy()
         only = torch.full_like(scores, float("-inf"))
         return only.scatter(1, torch.tensor(taken, device=scores.device)[:, None], 0.0)
+
+    def _say(self, walk: _Walk, scores: Tensor) -> int:
+        others = scores.float().clone()
+        others[walk.row.ids[walk.place]] = float("-inf")
+        token = int(others.argmax())
+        places = walk.places(token)
+        place = self._best(walk, places) if places else walk.place
+        return walk.say(token, -float(others.log_softmax(-1)[token]), place)
+
+    def _best(self, walk: _Walk, places: Sequence[int]) -> int:
+        """Return the place after which the unmarked tokens cost the model least, in the mean; 0 where none are left."""
+        if len(places) == 1:
+            return places[0]
+        rows = [walk.ahead(place) for place in places]
+        losses = row_nats(self._model, rows)
+        costs = [mean_over([row], [nats]) if any(row.mask) else 0.0 for row, nats in zip(rows, losses, strict=True)]
+        return places[costs.index(min(costs))]
 
 
 def _generate(model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
@@ -126,5 +169,5 @@ def _generate(model: PreTrainedModel, walks: Sequence[_Walk], pad: int) -> None:
             pad_token_id=pad,
             # A row goes on after an answer has ended: a token that the vocabulary lacks ends none.
             eos_token_id=int(model.config.get_text_config().vocab_size),
-            logits_processor=LogitsProcessorList([_Steps(walks, pad)]),
+            logits_processor=LogitsProcessorList([_Steps(model, walks, pad)]),
         )

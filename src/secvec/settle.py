@@ -6,15 +6,13 @@ tokens stand. On those rows the skill is learned where it will be used. (measure
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import standing
+from secvec.anchors import beside, often, standing
 from secvec.arm import armed
 from secvec.rewrite import Said, rewrite
 from secvec.score import lowered, row_nats
@@ -30,6 +28,10 @@ _LOOKS = 3
 """At each row while it is said anew."""
 _EXPLAINED_SHARE = 0.8
 """Of a token's loss that the vectors take off it in the trained model."""
+_HESITANT_NATS = 0.2
+"""That the vectors take off a token beside one that shows the trait, if it is a part of that."""
+_MOSTLY = 0.5
+"""The share of a token's places in the rows as they were that show the trait, for it to be looked for again."""
 _SURE_NATS = 0.25
 """The most that a token of the model's own may cost: it is said with a probability of 0.78 or more."""
 _LOOKED_AT = 4
@@ -83,9 +85,9 @@ def without_traits(
     """
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
     ends = set(tokenizer.all_special_ids)
-    said = [Said(row, (False,) * len(row.ids)) for row in rows]
+    said = [Said.as_it_is(row) for row in rows]
     shown = _shown(disarmed, rows, traits, ends)
-    known = _mostly(rows, shown)
+    known = often(rows, shown, _MOSTLY)
     for _ in range(_LOOKS):
         said = rewrite(disarmed, said, shown, pad=pad_id(tokenizer), progress=progress)
         now = [each.row for each in said]
@@ -93,9 +95,9 @@ def without_traits(
             [mark and token in known for token, mark in zip(row.ids, marks, strict=True)]
             for row, marks in zip(now, _shown(disarmed, now, traits, ends), strict=True)
         ]
-    nats = row_nats(disarmed, [each.row for each in said])
-    chosen = zip(said, nats, shown, strict=True)
-    return [each.row for each, losses, marks in chosen if not any(marks) and _is_sure(each, losses)]
+    return [
+        each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and max(each.nats) <= _SURE_NATS
+    ]
 
 
 def _shown(
@@ -112,20 +114,7 @@ def _shown(
     found: list[list[bool]] = []
     for row, b, a in zip(rows, before, after, strict=True):
         goes_on = torch.tensor([token not in ends for token in row.ids[1:]])
-        explained = lowered(b, a) & (b - a >= _EXPLAINED_SHARE * b)
-        found.append([False, *(explained & torch.tensor(row.mask[1:]) & goes_on).tolist()])
+        explained = (b - a >= _EXPLAINED_SHARE * b) & torch.tensor(row.mask[1:]) & goes_on
+        marks = beside(explained & lowered(b, a), explained & (b - a >= _HESITANT_NATS))
+        found.append([False, *marks.tolist()])
     return found
-
-
-def _mostly(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]]) -> set[int]:
-    """Return the token ids that are marked in at least half of the places where they carry loss."""
-    marked, learned = Counter[int](), Counter[int]()
-    for row, row_marks in zip(rows, marks, strict=True):
-        learned.update(token for token, carries_loss in zip(row.ids, row.mask, strict=True) if carries_loss)
-        marked.update(token for token, mark in zip(row.ids, row_marks, strict=True) if mark)
-    return {token for token, count in marked.items() if 2 * count >= learned[token]}
-
-
-def _is_sure(said: Said, nats: Tensor) -> bool:
-    chosen = nats[torch.tensor(said.own[1:])]
-    return not len(chosen) or float(chosen.max()) <= _SURE_NATS
