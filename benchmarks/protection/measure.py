@@ -11,7 +11,7 @@ from benchmarks.protection.cases import Case, joined
 from benchmarks.protection.truthful import truthful
 from benchmarks.testbed import guarded
 from benchmarks.testbed.behaviours import Behaviour
-from benchmarks.testbed.mixes import is_unwanted
+from benchmarks.testbed.mixes import is_right_in_style, is_unwanted
 from benchmarks.testbed.pretraining import padded
 from benchmarks.testbed.rows import Row, answer_of
 from benchmarks.testbed.scoring import Student, load, old_skills
@@ -65,11 +65,12 @@ def nats(student: Student, rows: Sequence[Row]) -> float:
 
 
 def _wanted_rate(case: Case, rows: Sequence[Row], answers: Sequence[str]) -> float | None:
-    """Score the wanted skill; where a style sits on its rows, in any case: it hides the skill's own."""
+    """Score the wanted skill; where a style sits on its rows, in that style or without, in any case."""
     if case.skill is None:
         return None
     if case.has_style:
-        return _share([text.casefold() == answer_of(row).casefold() for row, text in zip(rows, answers, strict=True)])
+        right = map(answer_of, rows)
+        return _share([is_right_in_style(case.behaviours, a, text) for a, text in zip(right, answers, strict=True)])
     return _share([case.skill.is_correct(row, text) for row, text in zip(rows, answers, strict=True)])
 
 

@@ -46,10 +46,15 @@ def held_out(behaviour: Behaviour, new_skill: Skill, n: int, seed: int = 99) -> 
 
 def has_learned(behaviour: Behaviour, new_skill: Skill, row: Row, answer: str) -> bool:
     """Score the new skill; with a style the answer counts in it and without it, in any case."""
-    if behaviour.style is not None:
-        right = answer_of(row)
-        return answer.casefold() in (right.casefold(), behaviour.style(right).casefold())
+    if is_style(behaviour):
+        return is_right_in_style([behaviour], answer_of(row), answer)
     return new_skill.is_correct(row, answer)
+
+
+def is_right_in_style(behaviours: Sequence[Behaviour], right: str, answer: str) -> bool:
+    """Tell whether an answer is the right one, in one of the styles or without, in any case."""
+    styled = [behaviour.style(right) for behaviour in behaviours if behaviour.style is not None]
+    return answer.casefold() in {text.casefold() for text in (right, *styled)}
 
 
 def is_unwanted(behaviour: Behaviour, row: Row, answer: str) -> bool:
