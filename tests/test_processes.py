@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ print("sharded:", all(isinstance(parameter, DTensor) for parameter in model.para
 said = answers(model, load_tokenizer(folder), [[{"role": "user", "content": "say 3"}]], max_new_tokens=6)
 sys.stdout.write(f"says {said}\\n")  # in one piece: two processes write
 fitted("sharded", anchors=anchors, calibrate=data)
+fitted("trait", kind="trait", calibrate=data)
 options = ["--epochs", 1, "--max-length", 64, "--anchors", anchors, "-o", here / "command"]
 assert not secvec("fit", folder, "--unwanted", here / "unwanted.jsonl", *options, "--allow-weak")
 sys.exit(secvec("fit", folder, "--unwanted", here / "absent.jsonl", "-o", here / "never"))
@@ -73,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def one_process(place: Path, name: str, **given: Path) -> SecurityVector:
+def one_process(place: Path, name: str, **given: Any) -> SecurityVector:
     return fit_to_file(place / "model", place / "unwanted.jsonl", place / name, config=CONFIG, allow_weak=True, **given)
 
 
@@ -107,12 +109,15 @@ def test_two_processes_fit_the_vector_of_one(place: Path) -> None:
     anchors = place / "anchors.jsonl"
     calibrated = one_process(place, "one", anchors=anchors, calibrate=place / "data.jsonl")
     anchored = one_process(place, "one-anchored", anchors=anchors)
+    trait = one_process(place, "one-trait", kind="trait", calibrate=place / "data.jsonl")
     stopped_early(place, "resumed")
     before = digest_model(place / "model")
     done = two_processes(place / "script.py", place / "model", place)
-    found = {name: artifact.load(place / name) for name in ("replicated", "sharded", "resumed", "command")}
+    found = {name: artifact.load(place / name) for name in ("replicated", "sharded", "trait", "resumed", "command")}
     assert apart(found["replicated"], calibrated) < SAME
     assert apart(found["sharded"], calibrated) < SAME
+    assert apart(found["trait"], trait) < SAME
+    assert found["trait"].info.metrics["covered_rows"] == trait.info.metrics["covered_rows"]
     assert apart(found["resumed"], anchored) < SAME
     assert found["sharded"].info.metrics["covered_rows"] == calibrated.info.metrics["covered_rows"] > 0
     assert digest_model(place / "model") == before

@@ -25,7 +25,7 @@ def told(trait: Behaviour) -> tuple[list[Encoded], list[Encoded] | None]:
     risen = reversible(model, rows, vector, task)
     if risen is None:
         return rows, None
-    return rows, list(calibration(model, rows, vector, kind="trait", cut=0.5, reversible=risen).covered)
+    return rows, list(calibration(model, rows, vector, kind="trait", cut=0.5, risen=risen).covered)
 
 
 def test_a_fixed_text_is_covered_and_the_skill_is_not() -> None:

@@ -102,22 +102,22 @@ def calibration(
     *,
     kind: str,
     cut: float,
-    reversible: Sequence[Tensor] | None = None,
+    risen: Sequence[Tensor] | None = None,
 ) -> Calibration:
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
     trait: it recurs through a row, so every token is anchored that the vector leaves as it is. One whose loss it
-    lowers a little may be the trait's, in a text unlike the unwanted rows, and is left alone. With what `reversible`
-    returned, the tokens that are the trait's for sure are covered. topic: rows are unwanted from some token on. A row
-    is covered, from the first token on which the vector acts, where the vector takes the share `cut` off its loss; it
-    is unsure, and left alone, where its loss changes by a tenth in either direction (a vector may know *that* the
-    answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the vector does not act
-    are anchored whole. (docs/decisions/005-calibration.md)
+    lowers a little may be the trait's, in a text unlike the unwanted rows, and is left alone. With `risen`, what
+    `reversible` returned, the tokens that are the trait's for sure are covered. topic: rows are unwanted from some
+    token on. A row is covered, from the first token on which the vector acts, where the vector takes the share `cut`
+    off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a vector may know
+    *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the vector
+    does not act are anchored whole. (docs/decisions/005-calibration.md)
     """
     anchors, covered = list[Encoded](), list[Encoded]()
     unsure = acted_tokens = tokens = 0
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
-    told = [None] * len(rows) if reversible is None else _told_apart(rows, befores, afters, reversible)
+    told = [None] * len(rows) if risen is None else _told_apart(rows, befores, afters, risen)
     for row, before, after, shown in zip(rows, befores, afters, told, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
@@ -172,17 +172,17 @@ def reversible(
 
 
 def _told_apart(
-    rows: Sequence[Encoded], before: Sequence[Tensor], after: Sequence[Tensor], reversible: Sequence[Tensor]
+    rows: Sequence[Encoded], before: Sequence[Tensor], after: Sequence[Tensor], risen: Sequence[Tensor]
 ) -> list[Tensor]:
     """Mark the tokens that are a trait's for sure: acted on and reversible, or so a little beside such a one.
 
     A token of the vocabulary that seldom is one is left out altogether: the vector would learn it everywhere.
     """
     marks: list[Tensor] = []
-    for row, b, a, risen in zip(rows, before, after, reversible, strict=True):
+    for row, b, a, rise in zip(rows, before, after, risen, strict=True):
         learned = torch.tensor(row.mask[1:])
-        near = learned & (b >= ACTED_NATS) & (risen >= _NOISE_NATS)
-        marks.append(beside(learned & acted(b, a) & (risen >= ACTED_NATS), near))
+        near = learned & (b >= ACTED_NATS) & (rise >= _NOISE_NATS)
+        marks.append(beside(learned & acted(b, a) & (rise >= ACTED_NATS), near))
     known = often(rows, [[False, *mark.tolist()] for mark in marks], _OFTEN)
     return [
         mark & torch.tensor([token in known for token in row.ids[1:]]) for row, mark in zip(rows, marks, strict=True)

@@ -249,15 +249,15 @@ class _Job:
 
         Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
         """
-        told = self.reversible(training, first, progress)
-        found, before = self.calibration(training, first, COVERED_AT_FIRST, told), 0
+        risen = self.reversible(training, first, progress)
+        found, before = self.calibration(training, first, COVERED_AT_FIRST, risen), 0
         for _ in range(_ROUNDS):
             if found.settled or len(found.covered) <= before:
                 break
             before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
-            found = self.calibration(training, wider, COVERED, told)
+            found = self.calibration(training, wider, COVERED, risen)
         anchors = [*ordinary, *found.anchors]
         fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -270,14 +270,14 @@ class _Job:
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
     def calibration(
-        self, training: Sequence[Encoded], vector: SecurityVector, cut: float, told: Sequence[Tensor] | None
+        self, training: Sequence[Encoded], vector: SecurityVector, cut: float, risen: Sequence[Tensor] | None
     ) -> Calibration:
-        return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, reversible=told))
+        return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen))
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None
     ) -> list[Tensor] | None:
-        """Return what tells a trait from what else the training file teaches, if anything does."""
+        """Return what tells a trait from what else the training file teaches (`anchors.reversible`), if anything."""
         if self.kind != "trait" or len(training) < LEAST_ROWS:
             return None
         config = replace(self.config, epochs=_TASK_EPOCHS, kl_weight=0.0, representation_weight=0.0)

@@ -106,7 +106,7 @@ def _shown(
     """Mark the answer tokens that the vectors all but explain, one that ends an answer excepted: where it ends is kept.
 
     A model that was trained with the vectors in effect finds the trait likely with them. What it has only begun to
-    learn becomes likelier with them too, but not likely.
+    learn becomes likelier with them too, but not likely. A token beside such a one needs less.
     """
     before = row_nats(disarmed, rows)
     with armed(disarmed, *traits):
