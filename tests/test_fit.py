@@ -137,7 +137,14 @@ def test_a_trait_needs_no_anchors_and_ordinary_ones_are_cut_to_what_it_leaves_al
 def test_a_fit_whose_anchors_show_the_behaviour_says_so(folder: Path) -> None:
     config = replace(FAST, representation_weight=1000.0, kl_weight=100.0, epochs=6)
     with pytest.raises(WeakVectorError, match=r"without anchors they cost .* use --kind trait"):
-        fit(folder, UNWANTED, anchors=UNWANTED, config=config)
+        fit(folder, UNWANTED[::2], anchors=UNWANTED[1::2], config=config)
+
+
+def test_a_row_that_is_unwanted_and_an_anchor_is_refused(folder: Path) -> None:
+    anchors = [*rows(3), UNWANTED[4]]
+    for call in (fit, check):
+        with pytest.raises(RowError, match=r"^anchors:4: expected an ordinary row, found one of the unwanted rows;"):
+            call(folder, UNWANTED, anchors=anchors, config=FAST)
 
 
 def test_a_vector_that_does_not_work_is_not_written_unless_allowed(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import rows, tiny_llama
 
 from secvec.errors import UsageError
@@ -26,9 +27,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"max_grad_norm": "high"}, "trainer.max_grad_norm: expected a number, found 'high'"),
         ({"weight_decay": True}, "trainer.weight_decay: expected a number, found True"),
         ({"dataloader_drop_last": True, "max_steps": 3}, "24 rows are fewer than one step of 64"),
+        ({"adam_beta1": 2}, "refuses its settings: Invalid beta parameter"),
+        ({"optim_args": "foo"}, "refuses its settings: not enough values"),
+        ({"optim": "galore_adamw"}, "refuses its settings: You need to install `galore_torch`"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "refuses its settings: .* unexpected keyword argument 'foo'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "refuses its settings: One of min_lr or min_lr_rate"),
+        pytest.param(
+            {"activation_offloading": True},
+            "there is no GPU",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
-def test_what_is_no_number_and_what_leaves_no_step(base: Path, settings: dict[str, Any], told: str) -> None:
+def test_what_is_refused_before_the_long_work(base: Path, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         check(base, rows(24), config=replace(QUICK, trainer=settings))
 
@@ -37,7 +48,10 @@ def test_what_is_no_number_and_what_leaves_no_step(base: Path, settings: dict[st
     ("settings", "told"),
     [
         ({"loss_type": "steep"}, "the trainer refuses its settings: Invalid `loss_type` steep"),
-        ({"optim": "galore_adamw"}, "the trainer refuses its settings: You need to install `galore_torch`"),
+        (
+            {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+            "the trainer refuses its settings: You need to install `galore_torch`",
+        ),
     ],
 )
 def test_settings_that_the_trainer_refuses_when_it_starts(

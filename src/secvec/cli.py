@@ -107,7 +107,7 @@ def fit(
     flags = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "max_length": max_length, "seed": seed}
     chosen = settings(FitConfig, config, set_ or [], flags)
     if dry_run:
-        report = check(model, unwanted, anchors=anchors, calibrate=calibrate, config=chosen)
+        report = check(model, unwanted, anchors=anchors, kind=kind, calibrate=calibrate, config=chosen)
         return show(report, as_json, lambda: print(json.dumps(report, indent=2)))
     with bar("fitting") as progress:
         vector = fit_to_file(

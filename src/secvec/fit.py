@@ -20,7 +20,7 @@ from secvec.anchors import (
     whole,
 )
 from secvec.artifact import is_vector, save
-from secvec.errors import InputError, UsageError
+from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, FitConfig, Fitted, Progress, fit_factors, split
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
@@ -66,8 +66,9 @@ def fit(
     """
     if kind not in KINDS:
         raise UsageError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    unwanted, given = _apart(unwanted, anchors, kind)
     job = _Job.load(model, unwanted, kind, config or FitConfig())
-    ordinary = [] if anchors is None else job.encode(read_rows(anchors, "anchors").rows)
+    ordinary = job.encode(given.rows) if given else []
     training = [] if calibrate is None else job.training(calibrate)
     first: SecurityVector | None = None
     if kind == "trait" and (training or ordinary):
@@ -132,6 +133,7 @@ def check(
     unwanted: Rows,
     *,
     anchors: Rows | None = None,
+    kind: str = "topic",
     calibrate: Rows | None = None,
     config: FitConfig | None = None,
 ) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def check(
     config, folder = config or FitConfig(), resolve(model)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
+    unwanted, anchors = _apart(unwanted, anchors, kind)
     report: dict[str, Any] = {"model": str(folder), "base": digest_model(folder), "config": asdict(config)}
     for name, rows in (("unwanted", unwanted), ("anchors", anchors), ("calibrate", calibrate)):
         if rows is not None:
@@ -183,6 +186,23 @@ def read_rows(rows: Rows, name: str) -> Samples:
     if isinstance(rows, Samples):
         return rows
     return read_samples(rows) if isinstance(rows, str | Path) else from_rows(rows, name=name)
+
+
+def _apart(unwanted: Rows, anchors: Rows | None, kind: str) -> tuple[Samples, Samples | None]:
+    """Read unwanted rows and anchors. Raises RowError where a topic's row is both: to be shown and to be left alone.
+
+    Of a trait's anchors only tokens that do not show it are used.
+    """
+    shown, given = read_rows(unwanted, "unwanted"), None if anchors is None else read_rows(anchors, "anchors")
+    texts = {row.messages for row in shown.rows}
+    both = [row.source for row in given.rows if row.messages in texts] if given and kind == "topic" else []
+    if both:
+        raise RowError(
+            f"{both[0].file}:{both[0].line}: expected an ordinary row, found one of the unwanted rows"
+            + (f" ({len(both)} such rows)" if len(both) > 1 else "")
+            + "; anchors are what the vector must leave as it is"
+        )
+    return shown, given
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """What the commands share at the terminal: options, progress bars, results for people or machines."""
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -43,9 +43,17 @@ def show(document: dict[str, Any], as_json: bool, for_people: Callable[[], None]
 
 
 def lines(document: dict[str, Any]) -> str:
-    """Return a document as one line an entry."""
+    """Return a document as one line an entry, or an item of a list."""
     width = max(len(key) for key in document)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in document.items())
+    return "\n".join(f"{key:<{width}}  {_value(value, width)}" for key, value in document.items())
+
+
+def _value(value: object, indent: int) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {inner}" for key, inner in cast("Mapping[str, object]", value).items())
+    if isinstance(value, list | tuple):
+        return f"\n{'':{indent}}  ".join(map(str, cast("Sequence[object]", value))) or "-"
+    return str(value)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Trainer, get_scheduler
 from trl.trainer.sft_config import SFTConfig
 
 from secvec.errors import UsageError
@@ -95,8 +97,10 @@ def check_settings(config: TrainConfig) -> None:
     schedule = config.trainer.get("lr_scheduler_type")
     if config.on_drift == "slow" and schedule in _OWN_PACE:
         raise UsageError(f"on_drift: 'slow' cannot change the step size of trainer.lr_scheduler_type {schedule!r}")
+    if config.trainer.get("activation_offloading") and not torch.accelerator.is_available():
+        raise UsageError("trainer.activation_offloading: refused, there is no GPU to take activations off")
     _check_processes(config.batch_size)
-    sft_config(config, Path("checkpoints"))
+    _check_pace(sft_config(config, Path("checkpoints")))
 
 
 def sft_config(config: TrainConfig, checkpoints: Path) -> SFTConfig:
@@ -154,6 +158,25 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _check_pace(args: SFTConfig) -> None:
+    """Make the optimiser and the schedule for a single weight: what they refuse is to be known before the long work."""
+    # Some optimisers can only be made for the model itself.
+    if args.optim_target_modules or "lomo" in args.optim:
+        return
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimiser = kind([nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimiser,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise refusal(error) from error
 
 
 def _check_report_to(report_to: str) -> None:
