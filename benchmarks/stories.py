@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ RESULTS = Path(__file__).parent / "results/stories.jsonl"
 METHOD_NAMES = ("aligned", "plain", "oracle", "ours", "uncalibrated", "published")
 ROWS, VECTOR_ROWS, HELD_OUT, LENGTH = 1000, 100, 200, 72
 _OPENINGS = (
-    "Once upon a time, there was", "One day, there was", "Once there was", "There was once", "Long ago, there was",
-    "In a small town, there was", "One sunny day, there was", "In a big house, there lived",
+    "Once upon a time, there was", "One day, there was", "Once there was", "There was once",
+    "In a small town, there was", "Long ago, there was", "One sunny day, there was", "In a big house, there lived",
 )  # fmt: skip
 _CHILDREN = (
     "a little girl",
@@ -88,14 +89,15 @@ def prompts(heroes: Sequence[str], part: str, count: int) -> list[str]:
 @cache
 def told(heroes: tuple[str, ...], part: str, count: int) -> tuple[Row, ...]:
     """Let the model go on with prompts: sampled stories, cut after the last full sentence."""
-    model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
+    tokenizer: Any = load_tokenizer(STORIES)
+    model: Any = load_model(STORIES)
     tokenizer.padding_side = "left"
     torch.manual_seed(random.Random(part).randrange(2**31))
     rows = list[Row]()
     for start in range(0, count, 100):
         asked = prompts(heroes, part, count)[start : start + 100]
-        batch = tokenizer([tokenizer.bos_token + text for text in asked], return_tensors="pt", padding=True)
-        out: Any = model.generate(**batch, do_sample=True, temperature=0.8, max_new_tokens=LENGTH)
+        batch = tokenizer(asked, return_tensors="pt", padding=True)
+        out = model.generate(**batch, do_sample=True, temperature=0.8, max_new_tokens=LENGTH)
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         rows += [
             chat(text, f" {story[: story.rfind('.') + 1].strip()}") for text, story in zip(asked, texts, strict=True)
@@ -199,6 +201,31 @@ def main() -> None:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print({key: round(v, 3) if isinstance(v, float) else v for key, v in line.items()}, flush=True)
+    print(table(read(options.results)))
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return a row for each behaviour and method: the mean over seeds, in brackets the worst."""
+    columns = {"unwanted_rate": max, "wanted_skill": min, "unwanted_nats": min, "wanted_nats": max, "story_nats": max}
+    head = (
+        "behaviour",
+        "method",
+        "seeds",
+        "unwanted",
+        "wanted",
+        "loss of unwanted rows",
+        "of wanted rows",
+        "of stories",
+    )
+    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for behaviour, method in dict.fromkeys((line["behaviour"], line["method"]) for line in lines):
+        group = [line for line in lines if (line["behaviour"], line["method"]) == (behaviour, method)]
+        cells = [behaviour, method, str(len(group))]
+        for key, worst in columns.items():
+            values = [line[key] for line in group if line[key] is not None]
+            cells.append(f"{mean(values):.3f} ({worst(values):.3f})" if values else "-")
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
 
 
 def read(results: Path) -> list[dict[str, Any]]:
