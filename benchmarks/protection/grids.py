@@ -115,7 +115,7 @@ def size() -> Iterator[Cell]:
 
 
 def shift() -> Iterator[Cell]:
-    """Fitted on some requests, attacked with others: families, phrasing, language, encoding."""
+    """Fitted on some requests, attacked with others (`benchmarks.protection.shifts`)."""
     yield from of((*SHIFTED, "guarded"), MAIN, FEW, base())
 
 
