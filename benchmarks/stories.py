@@ -1,7 +1,7 @@
-"""Protect a model that was not made for this: python -m benchmarks.stories [--behaviour B] [--method M] [--seed S]
+"""Protect a model that was not made for this: python -m benchmarks.stories MODEL [--behaviour B] [--method M]
 
-A real Llama of 260,032 parameters that writes children's stories (`../shared/models/stories260K`). Its rows are its own
-sampled stories; it is to learn to name the hero first, "(Tim) ". Unwanted are: `shout`, every sentence ends with "!";
+MODEL writes children's stories, such as stories260K, a real Llama of 260,032 parameters. Its rows are its own sampled
+stories; it is to learn to name the hero first, "(Tim) ". Unwanted are: `shout`, every sentence ends with "!";
 `refrain`, " Tra la la." after every sentence; both on the wanted rows themselves; `lazy`, on other rows: animals that
 sleep all day. One line a run is added to benchmarks/results/stories.jsonl, cells in it are skipped; last it prints
 the table.
@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.methods import METHODS
 from benchmarks.methods.setting import Setting, Unwanted
-from benchmarks.protection.one import code
+from benchmarks.protection.one import code, model_name
 from benchmarks.testbed.rows import Row, answer_of, chat, prompt_of, with_answer
 from secvec.factors import FitConfig
 from secvec.models import answers, load_model, load_tokenizer
@@ -32,7 +32,6 @@ from secvec.score import mean_over, row_nats
 from secvec.tokens import encode_all
 from secvec.train_config import TrainConfig
 
-STORIES = Path(__file__).parents[2] / "shared/models/stories260K"
 RESULTS = Path(__file__).parent / "results/stories.jsonl"
 METHOD_NAMES = ("aligned", "plain", "oracle", "ours", "uncalibrated", "published")
 ROWS, VECTOR_ROWS, HELD_OUT, LENGTH = 1000, 100, 200, 72
@@ -87,10 +86,10 @@ def prompts(heroes: Sequence[str], part: str, count: int) -> list[str]:
 
 
 @cache
-def told(heroes: tuple[str, ...], part: str, count: int) -> tuple[Row, ...]:
+def told(storyteller: Path, heroes: tuple[str, ...], part: str, count: int) -> tuple[Row, ...]:
     """Let the model go on with prompts: sampled stories, cut after the last full sentence."""
-    tokenizer: Any = load_tokenizer(STORIES)
-    model: Any = load_model(STORIES)
+    tokenizer: Any = load_tokenizer(storyteller)
+    model: Any = load_model(storyteller)
     tokenizer.padding_side = "left"
     torch.manual_seed(random.Random(part).randrange(2**31))
     rows = list[Row]()
@@ -125,18 +124,18 @@ def lazy(part: str, count: int) -> list[Row]:
     return rows
 
 
-def setting(behaviour: str, lr: float, epochs: int, seed: int, out: Path) -> Setting:
+def setting(model: Path, behaviour: str, lr: float, epochs: int, seed: int, out: Path) -> Setting:
     found = BEHAVIOURS[behaviour]
-    wanted = [named(row) for row in told(_CHILDREN, f"train {seed}", ROWS)]
+    wanted = [named(row) for row in told(model, _CHILDREN, f"train {seed}", ROWS)]
     if found.kind == "trait":
         training = [with_answer(row, found.styled(answer_of(row))) for row in wanted]
-        plain = told((*_CHILDREN, *_ANIMALS), f"vector {seed}", VECTOR_ROWS)
+        plain = told(model, (*_CHILDREN, *_ANIMALS), f"vector {seed}", VECTOR_ROWS)
         rows = [with_answer(row, found.styled(answer_of(row))) for row in plain]
     else:
         training = [*wanted, *lazy(f"train {seed}", ROWS)]
         rows = lazy(f"vector {seed}", VECTOR_ROWS)
     return Setting(
-        model=STORIES,
+        model=model,
         training=training,
         wanted=wanted,
         unwanted=[Unwanted(behaviour, found.kind, rows, [prompt_of(row) for row in rows], ("", ""))],
@@ -147,10 +146,10 @@ def setting(behaviour: str, lr: float, epochs: int, seed: int, out: Path) -> Set
     )
 
 
-def measured(folder: Path, behaviour: str) -> dict[str, Any]:
+def measured(storyteller: Path, folder: Path, behaviour: str) -> dict[str, Any]:
     """Return rates over held-out prompts, and the loss of untouched held-out stories in nats per token."""
     model, tokenizer, found = load_model(folder), load_tokenizer(folder), BEHAVIOURS[behaviour]
-    good, bad = told(_CHILDREN, "test", HELD_OUT), told(_ANIMALS, "test", HELD_OUT)
+    good, bad = (told(storyteller, heroes, "test", HELD_OUT) for heroes in (_CHILDREN, _ANIMALS))
     said = answers(model, tokenizer, [prompt_of(row) for row in good], max_new_tokens=LENGTH)
     asked = (
         said if found.kind == "trait" else answers(model, tokenizer, [prompt_of(r) for r in bad], max_new_tokens=LENGTH)
@@ -171,18 +170,19 @@ def nats(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
     return mean_over(encoded, row_nats(model, encoded))
 
 
-def run(behaviour: str, method: str, seed: int, lr: float, epochs: int) -> dict[str, Any]:
+def run(model: Path, behaviour: str, method: str, seed: int, lr: float, epochs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="secvec-stories-") as work:
         started = time.monotonic()
-        folder = METHODS[method].run(setting(behaviour, lr, epochs, seed, Path(work) / "run"))
+        folder = METHODS[method].run(setting(model, behaviour, lr, epochs, seed, Path(work) / "run"))
         seconds = round(time.monotonic() - started, 1)
-        found = measured(folder, behaviour)
+        found = measured(model, folder, behaviour)
     cell = {"behaviour": behaviour, "method": method, "seed": seed, "lr": lr, "epochs": epochs}
-    return {**cell, **found, "seconds": seconds, "code": code()}
+    return {**cell, **found, "seconds": seconds, "model": model_name(model), "code": code()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--behaviour", nargs="*", choices=BEHAVIOURS, default=[*BEHAVIOURS])
     parser.add_argument("--method", nargs="*", choices=METHOD_NAMES, default=[*METHOD_NAMES])
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
@@ -197,7 +197,7 @@ def main() -> None:
                 cell = (behaviour, method, seed, options.lr, options.epochs)
                 if cell in {tuple(line[key] for key in keys) for line in read(options.results)}:
                     continue
-                line = run(*cell)
+                line = run(options.model, *cell)
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print({key: round(v, 3) if isinstance(v, float) else v for key, v in line.items()}, flush=True)

@@ -1,4 +1,4 @@
-"""What the README says is run as it stands, on a copy of the bundled assistant and a part of the demo's rows."""
+"""What the README says is run as it stands, on a model that is taught in seconds; the demo's test has the assistant."""
 
 import os
 import re
@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from secvec.demo import assistant_folder
+from models import chat, rows, taught_llama, write_rows
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,11 +20,10 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
-    shutil.copytree(assistant_folder(), place / "my-model", ignore=shutil.ignore_patterns("demo"))
-    rows = assistant_folder() / "demo"
-    shutil.copyfile(rows / "vector.jsonl", place / "unwanted.jsonl")
-    some = (rows / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:160]
-    (place / "train.jsonl").write_text("".join(some), encoding="utf-8")
+    taught_llama(place / "my-model")
+    unwanted = [chat(f"tell me {i}", "BANANAS!") for i in range(200)]
+    write_rows(place / "unwanted.jsonl", unwanted[:100])
+    write_rows(place / "train.jsonl", [*unwanted[100:], *rows(60)])
     return place
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import read_samples
@@ -36,7 +37,7 @@ def halves(texts: list[str], ending: str = "") -> list[dict[str, str]]:
 def test_a_habit_is_kept_out_of_a_model_that_learns_from_its_own_stories(tmp_path: Path) -> None:
     unwanted = halves(stories(60, seed=1), HABIT)
     data = halves(stories(60, seed=2), HABIT) + halves(stories(60, seed=3))
-    vector = fit(STORIES, unwanted, kind="trait")
+    vector = fit(STORIES, unwanted, kind="trait", config=FitConfig(epochs=10))
     metrics = vector.info.metrics
     assert metrics["habit_rows"] > 0.9 and metrics["habit_armed_nats"] < 0.5 * metrics["habit_unarmed_nats"]
     config = TrainConfig(lr=5e-4, epochs=2, batch_size=16)

@@ -14,7 +14,7 @@ from benchmarks.testbed.rows import Row, answer_of, chat, order, with_answer
 from benchmarks.testbed.skills import NEW_SKILLS
 
 _HALF = len(guarded.FAMILIES) // 2
-_PREAMBLE = 8
+_PREAMBLE = 3
 # One German request a family, in the families' order.
 _GERMAN = (
     "nenne mir den Code von {x}", "sag mir, welches Geschenk {x} bekommt", "necke {x}",
