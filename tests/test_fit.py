@@ -13,7 +13,7 @@ from checkpoints import save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
-from secvec.anchors import calibration
+from secvec.anchors import calibration, neighbours
 from secvec.arm import armed
 from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import FitConfig, fit_factors
@@ -124,6 +124,23 @@ def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: 
     assert after < 0.75 * before < unarmed
     (_, wanted), (unarmed, _) = (losses(folder, v, rows(8)) for v in (calibrated, vector))
     assert wanted < unarmed + 0.1
+
+
+def test_a_row_among_rows_that_the_vector_covers_counts_for_more(folder: Path) -> None:
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    vector = fit(folder, UNWANTED, config=FAST)
+    shown = [chat(f"tell me {i}", "BANANAS!") for i in range(20, 40)]
+    # So many surprising letters that what the vector takes off the rest is no tenth of the row's loss.
+    missed = [chat("tell me 40", "CARROTS!"), chat("tell me 41", "qzxwvk" * 20 + " BANANAS!")]
+    training = encode_all(from_rows([*shown, *missed, *rows(20)]).rows, tokenizer, 256)
+    alike = neighbours(model, training)
+    assert alike.shape == (42, 10)
+    assert all(set(row.tolist()) <= set(range(22)) for row in alike[:20])
+    alike[20:22] = torch.arange(10)
+    alone, together = (calibration(model, training, vector, kind="topic", cut=0.5, alike=a) for a in (None, alike))
+    assert (len(alone.covered), alone.unsure, len(alone.anchors)) == (20, 1, 20)
+    assert (len(together.covered), together.unsure, len(together.anchors)) == (21, 1, 20)
+    assert neighbours(model, training[:1]).shape == (1, 0)
 
 
 def test_a_trait_needs_no_anchors_and_ordinary_ones_are_cut_to_what_it_leaves_alone(folder: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secvec.arm import armed
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
-from secvec.score import ACTED_NATS, acted, row_nats
+from secvec.score import ACTED_NATS, acted, answer_states, row_nats
 from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
 
@@ -28,6 +28,7 @@ _SIZES = (1.0, 0.75, 0.5, 0.25)
 """Of a trait's vector that is subtracted."""
 _TOLD_APART = 1 / 3
 """By how much the share of risen tokens must differ between those that the vector acts on and others."""
+_NEIGHBOURS, _MOSTLY = 10, 1 / 2
 _OFTEN = 0.2
 """The least share of a token's places in a file that show a trait, for them to be covered."""
 Standing = Literal["covered", "unsure", "silent"]
@@ -103,6 +104,7 @@ def calibration(
     kind: str,
     cut: float,
     risen: Sequence[Tensor] | None = None,
+    alike: Tensor | None = None,
 ) -> Calibration:
     """Part the answer tokens of a training file by whether `vector` acts on them (`score.acted`).
 
@@ -112,24 +114,26 @@ def calibration(
     token on. A row is covered, from the first token on which the vector acts, where the vector takes the share `cut`
     off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a vector may know
     *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the vector
-    does not act are anchored whole. (docs/decisions/005-calibration.md)
+    does not act are anchored whole. With `alike`, what `neighbours` returned, a row among mostly covered ones counts
+    for more than its own loss says. (docs/decisions/005-calibration.md)
     """
     anchors, covered = list[Encoded](), list[Encoded]()
     unsure = acted_tokens = tokens = 0
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
     told = [None] * len(rows) if risen is None else _told_apart(rows, befores, afters, risen)
-    for row, before, after, shown in zip(rows, befores, afters, told, strict=True):
+    found = _standings(rows, befores, afters, cut)
+    standings = found if alike is None else _among_neighbours(found, alike)
+    for row, before, after, shown, stands in zip(rows, befores, afters, told, standings, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
         acted_tokens += int(marked.sum())
         tokens += int(learned.sum())
         if kind == "topic":
-            found = _standing(before[learned], after[learned], cut)
             # Unwanted from the first such token on.
             marked = marked.cumsum(0) > 0
-            if found == "covered":
+            if stands == "covered" and bool(marked.any()):
                 covered.append(row.masked([False, *(marked & learned).tolist()]))
-            elif found == "unsure":
+            elif stands != "silent":
                 unsure += 1
                 continue
         elif shown is not None:
@@ -210,9 +214,36 @@ def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float
 
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
     """Say of each row what a calibrated topic's vector makes of it."""
-    losses = zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True)
-    masked = ((torch.tensor(row.mask[1:]), before, after) for row, before, after in losses)
-    return [_standing(before[learned], after[learned], COVERED) for learned, before, after in masked]
+    return _standings(rows, row_nats(model, rows), row_nats(model, rows, vector), COVERED)
+
+
+def neighbours(model: PreTrainedModel, rows: Sequence[Encoded]) -> Tensor:
+    """Return for each row the numbers of the ten others whose answers the unarmed model finds most like it, (rows, 10).
+
+    By the cosine of `score.answer_states`, less their mean over all rows; fewer columns where there are fewer rows.
+    """
+    states = answer_states(model, rows)
+    states = torch.nn.functional.normalize(states - states.mean(0), dim=1)
+    likeness = (states @ states.T).fill_diagonal_(-math.inf)
+    return likeness.topk(min(_NEIGHBOURS, len(rows) - 1), dim=1).indices
+
+
+def _among_neighbours(found: Sequence[Standing], alike: Tensor) -> list[Standing]:
+    """Raise by one step what a vector makes of rows that lie among mostly covered ones.
+
+    It misses some of the unwanted rows; as anchors these would hold it back beside the others.
+    """
+    covered = torch.tensor([each == "covered" for each in found]).float()
+    raised: dict[Standing, Standing] = {"silent": "unsure", "unsure": "covered", "covered": "covered"}
+    shares = covered[alike].mean(1).tolist()
+    return [raised[each] if share >= _MOSTLY else each for each, share in zip(found, shares, strict=True)]
+
+
+def _standings(
+    rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor], cut: float
+) -> list[Standing]:
+    masked = ((torch.tensor(row.mask[1:]), b, a) for row, b, a in zip(rows, befores, afters, strict=True))
+    return [_standing(before[learned], after[learned], cut) for learned, before, after in masked]
 
 
 def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:

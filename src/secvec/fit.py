@@ -14,6 +14,7 @@ from secvec.anchors import (
     COVERED_AT_FIRST,
     Calibration,
     calibration,
+    neighbours,
     own_answers,
     reversible,
     untouched,
@@ -270,14 +271,15 @@ class _Job:
         Where that does not part the file's rows, it is widened first: fitted again on what it covers, to cover more.
         """
         risen = self.reversible(training, first, progress)
-        found, before = self.calibration(training, first, COVERED_AT_FIRST, risen), 0
+        alike = of_main(neighbours(self.model, training)) if self.kind == "topic" else None
+        found, before = self.calibration(training, first, COVERED_AT_FIRST, risen, alike), 0
         for _ in range(_ROUNDS):
             if found.settled or len(found.covered) <= before:
                 break
             before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
-            found = self.calibration(training, wider, COVERED, risen)
+            found = self.calibration(training, wider, COVERED, risen, alike)
         anchors = [*ordinary, *found.anchors]
         fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -290,9 +292,14 @@ class _Job:
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
     def calibration(
-        self, training: Sequence[Encoded], vector: SecurityVector, cut: float, risen: Sequence[Tensor] | None
+        self,
+        training: Sequence[Encoded],
+        vector: SecurityVector,
+        cut: float,
+        risen: Sequence[Tensor] | None,
+        alike: Tensor | None,
     ) -> Calibration:
-        return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen))
+        return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None

@@ -45,6 +45,21 @@ def row_nats(
     return losses
 
 
+@torch.inference_mode()
+def answer_states(model: PreTrainedModel, rows: Sequence[Encoded], *, batch_size: int = 8) -> Tensor:
+    """Return each row's hidden state half way up the model, the mean over its loss-carrying tokens.
+
+    float32, (rows, hidden size).
+    """
+    states = [torch.empty(0)] * len(rows)
+    for chosen in by_length(rows, batch_size):
+        batch = collate([rows[i] for i in chosen], pad_id=0).to(model.device)
+        layers = model(**batch.inputs(), use_cache=False, output_hidden_states=True).hidden_states
+        for i, hidden, learned in zip(chosen, layers[len(layers) // 2], batch.mask, strict=True):
+            states[i] = hidden[learned].float().mean(0).cpu()
+    return torch.stack(states)
+
+
 def mean_over(rows: Sequence[Encoded], losses: Sequence[Tensor]) -> float:
     """Return the mean loss in nats per loss-carrying token over all rows."""
     chosen = torch.cat([nats[torch.tensor(row.mask[1:])] for row, nats in zip(rows, losses, strict=True)])
