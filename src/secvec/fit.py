@@ -37,7 +37,7 @@ from secvec.vector import SecurityVector, VectorInfo
 KINDS = ("topic", "trait")
 _TASK_EPOCHS = 3
 """Passes over a training file until the model knows it."""
-_ROUNDS = 4
+_ROUNDS = 8
 """Of widening a vector that does not part the rows of a training file."""
 Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
 """A data file, or the rows themselves in any format that `secvec.samples` reads."""
