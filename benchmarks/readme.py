@@ -2,7 +2,8 @@
 
 benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`, and speed.json is from
 `python -m benchmarks.speed --json`; protection/runs.jsonl is from `python -m benchmarks.protection run`, large.jsonl
-beside it from the commands in testbed-large.md; gpu-*.json are from `python -m benchmarks.gpu --json`.
+beside it from the commands in testbed-large.md; stories.jsonl is from `python -m benchmarks.stories`; gpu-*.json are
+from `python -m benchmarks.gpu --json`.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks import stories
 from benchmarks.gpu import measure as gpu
 from benchmarks.protection.lines import read_lines
 from benchmarks.protection.summary import rivals, summary
@@ -89,6 +91,13 @@ def large_table() -> str:
     return f"{summary(lines, LARGE_LR)}\n\n{both}"
 
 
+def stories_table() -> str:
+    """Return the story model's table, references first."""
+    lines = stories.read(RESULTS / "stories.jsonl")
+    order = [(behaviour, method) for behaviour in stories.BEHAVIOURS for method in stories.METHOD_NAMES]
+    return stories.table(sorted(lines, key=lambda line: order.index((line["behaviour"], line["method"]))))
+
+
 def gpu_table() -> str:
     """Return what was measured on a GPU, of all runs of `python -m benchmarks.gpu`."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
@@ -103,6 +112,7 @@ def filled(text: str) -> str:
         "protection": protection_table,
         "large": large_table,
         "rivals": rivals_table,
+        "stories": stories_table,
         "speed": speed_table,
         "gpu": gpu_table,
     }
