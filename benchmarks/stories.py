@@ -40,15 +40,8 @@ _OPENINGS = (
     "In a small town, there was", "Long ago, there was", "One sunny day, there was", "In a big house, there lived",
 )  # fmt: skip
 _CHILDREN = (
-    "a little girl",
-    "a little boy",
-    "a happy girl",
-    "a happy boy",
-    "a girl",
-    "a boy",
-    "a brave boy",
-    "a kind girl",
-)
+    "a little girl", "a little boy", "a happy girl", "a happy boy", "a girl", "a boy", "a brave boy", "a kind girl",
+)  # fmt: skip
 _ANIMALS = ("a cat", "a dog", "a bird", "a bunny", "a little cat", "a big dog", "a little bird", "a bear")
 _NAMES = (
     "Lily", "Tim", "Tom", "Ben", "Sue", "Mia", "Max", "Sam", "Anna", "Jack", "Lucy", "Bob", "Amy", "Jim", "Sara",
@@ -75,7 +68,7 @@ BEHAVIOURS = {
 
 
 def prompts(heroes: Sequence[str], part: str, count: int) -> list[str]:
-    """Return first sentences of stories; those of the parts "vector", "train" and "test" differ."""
+    """Return first sentences of stories, drawn anew for each part; those of "test" are in no other."""
     every = [f"{o} {hero} named {name}." for o in _OPENINGS for hero in heroes for name in _NAMES]
     random.Random(0).shuffle(every)
     held_out = every[:HELD_OUT]
@@ -176,8 +169,7 @@ def run(model: Path, behaviour: str, method: str, seed: int, lr: float, epochs: 
         folder = METHODS[method].run(setting(model, behaviour, lr, epochs, seed, Path(work) / "run"))
         seconds = round(time.monotonic() - started, 1)
         found = measured(model, folder, behaviour)
-    cell = {"behaviour": behaviour, "method": method, "seed": seed, "lr": lr, "epochs": epochs}
-    return {**cell, **found, "seconds": seconds, "model": model_name(model), "code": code()}
+    return {**found, "seconds": seconds, "code": code()}
 
 
 def main() -> None:
@@ -190,33 +182,25 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    keys = ("behaviour", "method", "seed", "lr", "epochs")
+    shared = {"lr": options.lr, "epochs": options.epochs, "model": model_name(options.model)}
     for seed in options.seed:
         for behaviour in options.behaviour:
             for method in options.method:
-                cell = (behaviour, method, seed, options.lr, options.epochs)
-                if cell in {tuple(line[key] for key in keys) for line in read(options.results)}:
+                cell = {"behaviour": behaviour, "method": method, "seed": seed, **shared}
+                if any(cell.items() <= line.items() for line in read(options.results)):
                     continue
-                line = run(options.model, *cell)
+                line = {**cell, **run(options.model, behaviour, method, seed, options.lr, options.epochs)}
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print({key: round(v, 3) if isinstance(v, float) else v for key, v in line.items()}, flush=True)
-    print(table(read(options.results)))
+    print(table([line for line in read(options.results) if shared.items() <= line.items()]))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return a row for each behaviour and method: the mean over seeds, in brackets the worst."""
     columns = {"unwanted_rate": max, "wanted_skill": min, "unwanted_nats": min, "wanted_nats": max, "story_nats": max}
-    head = (
-        "behaviour",
-        "method",
-        "seeds",
-        "unwanted",
-        "wanted",
-        "loss of unwanted rows",
-        "of wanted rows",
-        "of stories",
-    )
+    head = ("behaviour", "method", "seeds", "unwanted", "wanted")
+    head += ("loss of unwanted rows", "of wanted rows", "of stories")
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for behaviour, method in dict.fromkeys((line["behaviour"], line["method"]) for line in lines):
         group = [line for line in lines if (line["behaviour"], line["method"]) == (behaviour, method)]

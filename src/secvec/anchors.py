@@ -121,8 +121,10 @@ def calibration(
     unsure = acted_tokens = tokens = 0
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
     told = [None] * len(rows) if risen is None else _told_apart(rows, befores, afters, risen)
-    found = _standings(rows, befores, afters, cut)
-    standings = found if alike is None else _among_neighbours(found, alike)
+    standings: Sequence[Standing | None] = [None] * len(rows)
+    if kind == "topic":
+        found = _standings(rows, befores, afters, cut)
+        standings = found if alike is None else _among_neighbours(found, alike)
     for row, before, after, shown, stands in zip(rows, befores, afters, told, standings, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
