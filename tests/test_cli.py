@@ -151,6 +151,8 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (2, "secvec: FitConfig.scale: expected", ["fit", model, "--unwanted", data, "--set", "scale=.nan"]),
         (2, "secvec: FitConfig.kl_weight: expected", ["fit", model, "--unwanted", data, "--set", "kl_weight=.inf"]),
         (2, "as many files of unwanted rows as vectors", ["train", model, "--data", data, "--unwanted", data]),
+        (2, "secvec: after --data: expected a value", ["train", model, "--data", ""]),
+        (2, "secvec: --data=: expected a value", ["train", model, "--data="]),
         (3, "bad.jsonl:4", ["train", model, "--data", bad]),
         (3, "no.jsonl: expected a readable data file", ["train", model, "--data", tmp_path / "no.jsonl"]),
         (3, "neither a local model folder nor a hub", ["train", tmp_path / "nothing", "--data", data]),

@@ -39,6 +39,8 @@ _TASK_EPOCHS = 3
 """Passes over a training file until the model knows it."""
 _ROUNDS = 8
 """Of widening a vector that does not part the rows of a training file."""
+_PATIENCE = 2
+"""Such rounds in a row that cover no more than the best before them, after which to stop."""
 Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
 """A data file, or the rows themselves in any format that `secvec.samples` reads."""
 
@@ -272,22 +274,24 @@ class _Job:
         """
         risen = self.reversible(training, first, progress)
         alike = of_main(neighbours(self.model, training)) if self.kind == "topic" else None
-        found, before = self.calibration(training, first, COVERED_AT_FIRST, risen, alike), 0
+        found = best = self.calibration(training, first, COVERED_AT_FIRST, risen, alike)
+        stale = 0 if found.covered else _PATIENCE
         for _ in range(_ROUNDS):
-            if found.settled or len(found.covered) <= before:
+            if found.settled or stale == _PATIENCE:
                 break
-            before = len(found.covered)
             anchors = [*ordinary, *found.anchors]
             wider = self.vector(self.fit(_quick(self.config), anchors, covered=found.covered, progress=progress))
             found = self.calibration(training, wider, COVERED, risen, alike)
-        anchors = [*ordinary, *found.anchors]
-        fitted = self.fit(self.config, anchors, covered=found.covered, state=state, progress=progress)
+            better = found.settled or len(found.covered) > len(best.covered)
+            best, stale = (found, 0) if better else (best, stale + 1)
+        anchors = [*ordinary, *best.anchors]
+        fitted = self.fit(self.config, anchors, covered=best.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
         metrics = {
             **vector.info.metrics,
-            "calibration_rows": len(found.anchors),
-            "covered_rows": len(found.covered),
-            "acted_share": found.acted_share,
+            "calibration_rows": len(best.anchors),
+            "covered_rows": len(best.covered),
+            "acted_share": best.acted_share,
         }
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
