@@ -47,7 +47,10 @@ def run(
     own: Annotated[Path | None, typer.Option(help="An experiment on your own rows (benchmarks/paper.md).")] = None,
     results: Results = None,
 ) -> None:
-    """Run each cell of a grid, or of the options, that the results do not hold yet."""
+    """Run each cell of a grid, or of the options, that the results do not hold yet.
+
+    Of a grid, --behaviour, --method and --seed choose some.
+    """
     from benchmarks.protection.grids import BEST_LR, cells, of
     from benchmarks.protection.one import Bench
     from benchmarks.protection.own import read_experiment
@@ -62,7 +65,16 @@ def run(
     behaviours = behaviour or ["guarded"]
     if experiment is not None:
         behaviours, base = [experiment.name], replace(base, skill=experiment.skill)
-    chosen = cells(grid) if grid else list(of(behaviours, method or ["plain", "ours"], seed or [0], base))
+    if grid:
+        chosen = [
+            cell
+            for cell in cells(grid)
+            if cell.behaviour in (behaviour or [cell.behaviour])
+            and cell.method in (method or [cell.method])
+            and cell.seed in (seed or [cell.seed])
+        ]
+    else:
+        chosen = list(of(behaviours, method or ["plain", "ours"], seed or [0], base))
     bench = Bench(resolve(model), *(SMOKE if grid == "smoke" else (n, old)), benign, experiment)
     raise typer.Exit(_run(chosen, bench, results or _file(grid, own), jobs))
 
