@@ -119,3 +119,19 @@ def test_new_tokens_carry_loss(model: PreTrainedModel) -> None:
     row = Encoded((7, 8, 9, 10), (False, False, False, True))
     [found] = rewrite(model, [Said.as_it_is(row)], [[False, False, True, True]], pad=0)
     assert found.row.mask == (False, False, True, True) and found.row.ids[:2] == (7, 8)
+
+
+def test_what_most_rows_say_in_the_place_of_the_same_tokens_all_do(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secvec.rewrite.SURE_NATS", float("inf"))
+    usual = own(model, [7, 8], 100)
+    other = next(start for start in range(9, 60) if own(model, [7, start], 100) not in (usual, 90))
+    few = [Encoded((7, 8, 100, 90), (True,) * 4)] * 8
+    alone = Encoded((7, other, 100, 90), (True,) * 4)
+    for rows, words in ((few, usual), (few[1:], own(model, [7, other], 100))):
+        said = rewrite(
+            model, [Said.as_it_is(row) for row in (*rows, alone)], [[False, False, True, False]] * (len(rows) + 1), pad=0
+        )
+        assert {each.row.ids for each in said[:-1]} == {(7, 8, usual, 90)}
+        assert said[-1].row.ids == (7, other, words, 90) and len(said[-1].nats) == 4

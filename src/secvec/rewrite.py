@@ -1,7 +1,12 @@
-"""Say rows anew: marked tokens are replaced by what a model itself would say there, the others stand."""
+"""Say rows anew: marked tokens are replaced by what a model itself would say there, the others stand.
 
-from collections.abc import Callable, Sequence
+Where the model is sure in many rows of what replaces a run of marked tokens, that replaces it in all.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +17,11 @@ from secvec.tokens import Encoded, by_length
 
 _AHEAD = 8
 """Unmarked tokens by which a place to go on from is judged."""
+SURE_NATS = 0.25
+"""The most that a token of the model's own may cost: it is said with a probability of 0.78 or more."""
+_LEAST_VOTES, _AGREED = 8, 2 / 3
+Run = tuple[int, ...]
+"""Tokens that follow each other in a row, all marked; or what the model says instead of them."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,10 @@ class Said:
     @classmethod
     def as_it_is(cls, row: Encoded) -> "Said":
         return cls(row, (0.0,) * len(row.ids))
+
+    @property
+    def is_sure(self) -> bool:
+        return max(self.nats) <= SURE_NATS
 
 
 def rewrite(
@@ -42,23 +56,49 @@ def rewrite(
     go on from there: what lies between was not needed. Of several such places that one is taken after which the next
     unmarked tokens cost the model least. So a row may become shorter, never longer. The model's tokens carry loss, the
     others as before. pad: the token to fill up with.
+
+    The rows that the model is sure of vote: where at least eight of them, and two thirds of those that could, have the
+    same words in the place of the same tokens, the longest such tokens with a mark among them are so replaced in every
+    row.
     """
     said = list(rows)
-    chosen, done = [i for i, row_marks in enumerate(marks) if any(row_marks)], 0
+    chosen = [i for i, row_marks in enumerate(marks) if any(row_marks)]
+    walks, done = [_Walk.start(rows[i], marks[i]) for i in chosen], 0
     for batch in by_length([rows[i].row for i in chosen], batch_size):
-        walks = [_Walk.start(rows[chosen[i]], marks[chosen[i]]) for i in batch]
-        _generate(model, walks, pad)
-        for i, walk in zip(batch, walks, strict=True):
-            said[chosen[i]] = walk.said()
+        _generate(model, [walks[i] for i in batch], pad)
         done += len(batch)
         if progress is not None:
             progress(done, len(chosen))
+    agreed = _agreed(walks)
+    for i, walk in zip(chosen, walks, strict=True):
+        said[i] = walk.replaced(agreed) or walk.said()
     return said
+
+
+def _agreed(walks: Sequence["_Walk"]) -> dict[Run, Run]:
+    """Return what takes the place of what tokens, where the rows that the model is sure of agree on it."""
+    edits = [
+        (walk.row.ids[start:], walk.row.ids[start:stop], words)
+        for walk in walks
+        if walk.said().is_sure
+        for start, stop, words in walk.edits()
+    ]
+    often = [
+        (run, words, count)
+        for (run, words), count in Counter((run, words) for _, run, words in edits).items()
+        if count >= _LEAST_VOTES
+    ]
+    could = {run: sum(following[: len(run)] == run for following, _, _ in edits) for run, _, _ in often}
+    return {run: words for run, words, count in often if count >= _AGREED * could[run]}
 
 
 @dataclass
 class _Walk:
-    """One row being said anew. place: the next token of the row that is to be copied or replaced."""
+    """One row being said anew.
+
+    place: the next token of the row that is to be copied or replaced; origins: the places that `ids` were copied from,
+    or where the row went on; None for other tokens.
+    """
 
     source: Said
     marks: Sequence[bool]
@@ -66,11 +106,13 @@ class _Walk:
     ids: list[int]
     mask: list[bool]
     nats: list[float]
+    origins: list[int | None]
 
     @classmethod
     def start(cls, source: Said, marks: Sequence[bool]) -> "_Walk":
         row, first = source.row, list(marks).index(True)
-        return cls(source, marks, first, list(row.ids[:first]), list(row.mask[:first]), list(source.nats[:first]))
+        before = list(row.ids[:first]), list(row.mask[:first]), list(source.nats[:first])
+        return cls(source, marks, first, *before, list(range(first)))
 
     @property
     def row(self) -> Encoded:
@@ -90,13 +132,40 @@ class _Walk:
     def copy(self) -> int:
         """Append and return the row's next token."""
         place = self.place
-        return self._append(self.row.ids[place], self.row.mask[place], self.source.nats[place])
+        return self._append(self.row.ids[place], self.row.mask[place], self.source.nats[place], place)
 
     def say(self, token: int, nats: float, place: int) -> int:
         """Append and return the model's own token: instead of the next one, or of all up to the same one in `place`."""
-        carries_loss = place == self.place or self.row.mask[place]
+        again = place > self.place
         self.place = place
-        return self._append(token, carries_loss, nats)
+        return self._append(token, not again or self.row.mask[place], nats, place if again else None)
+
+    def edits(self) -> Iterator[tuple[int, int, Run]]:
+        """Yield what was replaced, as (start, stop) in the row, and by what."""
+        kept = [(i, origin) for i, origin in enumerate(self.origins) if origin is not None]
+        for (i, origin), (j, following) in pairwise((*kept, (len(self.ids), len(self.row.ids)))):
+            if (j, following) != (i + 1, origin + 1):
+                yield origin + 1, following, tuple(self.ids[i + 1 : j])
+
+    def replaced(self, agreed: Mapping[Run, Run]) -> Said | None:
+        """Return the row with what was agreed on in its place; None where that changes nothing."""
+        row, place, longest = self.row, 0, max(map(len, agreed), default=0)
+        ids, mask, nats = list[int](), list[bool](), list[float]()
+        while place < len(row.ids):
+            stops = range(min(place + longest, len(row.ids)), place, -1)
+            stop = next((i for i in stops if any(self.marks[place:i]) and row.ids[place:i] in agreed), None)
+            if stop is None:
+                stop = place + 1
+                words, taken, costs = row.ids[place:stop], row.mask[place:stop], self.source.nats[place:stop]
+            else:
+                words = agreed[row.ids[place:stop]]
+                taken, costs = [True] * len(words), [0.0] * len(words)
+            ids += words
+            mask += taken
+            nats += costs
+            place = stop
+        changed = Encoded(tuple(ids), tuple(mask), row.dropped_tokens)
+        return Said(changed, tuple(nats)) if changed.ids != row.ids else None
 
     def places(self, said: int) -> list[int]:
         """Return the later places of the token `said` where the row may go on."""
@@ -114,10 +183,11 @@ class _Walk:
         mask = [False] * (len(self.ids) + 1) + [i in judged for i in following]
         return Encoded((*self.ids, self.row.ids[place], *(self.row.ids[i] for i in following)), tuple(mask))
 
-    def _append(self, token: int, carries_loss: bool, nats: float) -> int:
+    def _append(self, token: int, carries_loss: bool, nats: float, origin: int | None) -> int:
         self.ids.append(token)
         self.mask.append(carries_loss)
         self.nats.append(nats)
+        self.origins.append(origin)
         self.place += 1
         return token
 

@@ -5,7 +5,9 @@ trained, the model itself can say each row anew: where the vector acts it says w
 tokens stand. On those rows the skill is learned where it will be used. (measured: docs/decisions/010-settle.md)
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,10 +22,12 @@ from secvec.tokens import Encoded, pad_id
 from secvec.train_config import TrainConfig
 from secvec.vector import SecurityVector
 
-ROUNDS = 2
-"""Of saying the rows anew and training on them, as long as that does not teach the trait."""
-STEP_SIZE_SHARE = 0.5
+ROUNDS = 3
+"""Of saying the rows anew and training on them, at most."""
+STEP_SIZE_SHARE = 0.25
 """Of the training's step size."""
+_KNOWN_SHARE = 0.99
+"""Of the rows, said by the model without further training: then it has settled."""
 _LOOKS = 3
 """At each row while it is said anew."""
 _EXPLAINED_SHARE = 0.8
@@ -32,8 +36,8 @@ _HESITANT_NATS = 0.2
 """That the vectors take off a token beside one that shows the trait, if it is a part of that."""
 _MOSTLY = 0.5
 """The share of a token's places in the rows as they were that show the trait, for it to be looked for again."""
-_SURE_NATS = 0.25
-"""The most that a token of the model's own may cost: it is said with a probability of 0.78 or more."""
+_LEAST_SEEN = 8
+"""Places of a token, to judge one by the others."""
 _LOOKED_AT = 4
 """Rows that a topic's vector is asked about, for each row to be chosen."""
 
@@ -95,9 +99,44 @@ def without_traits(
             [mark and token in known for token, mark in zip(row.ids, marks, strict=True)]
             for row, marks in zip(now, _shown(disarmed, now, traits, ends), strict=True)
         ]
-    return [
-        each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and max(each.nats) <= _SURE_NATS
+    return [each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and each.is_sure]
+
+
+def says(disarmed: PreTrainedModel, rows: Sequence[Encoded]) -> bool:
+    """Tell whether the model says nearly all rows itself: each answer token with a probability of a half or more."""
+    worst = [
+        float(nats[torch.tensor(row.mask[1:])].max()) for row, nats in zip(rows, row_nats(disarmed, rows), strict=True)
     ]
+    return sum(nats <= math.log(2) for nats in worst) >= _KNOWN_SHARE * len(rows)
+
+
+def _as_mostly(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]]) -> list[list[bool]]:
+    """Mark a token where the same, after the same two or at least one, is mostly marked; a rare one as it was.
+
+    A single look may miss a token of the trait, or take a wanted one for its own.
+    """
+    seen, marked = Counter[Sequence[int]](), Counter[Sequence[int]]()
+    for row, row_marks in zip(rows, marks, strict=True):
+        for place in _learned(row):
+            after = _after(row, place)
+            seen.update(after)
+            marked.update(after if row_marks[place] else ())
+    found = [list(row_marks) for row_marks in marks]
+    for row, row_marks in zip(rows, found, strict=True):
+        for place in _learned(row):
+            known = next((after for after in _after(row, place) if seen[after] >= _LEAST_SEEN), None)
+            if known is not None:
+                row_marks[place] = 2 * marked[known] >= seen[known]
+    return found
+
+
+def _learned(row: Encoded) -> list[int]:
+    return [place for place in range(1, len(row.ids)) if row.mask[place]]
+
+
+def _after(row: Encoded, place: int) -> list[tuple[int, ...]]:
+    """Return a token with the two before it, and with one."""
+    return [row.ids[max(place - before, 0) : place + 1] for before in (2, 1)]
 
 
 def _shown(
@@ -117,4 +156,4 @@ def _shown(
         explained = (b - a >= _EXPLAINED_SHARE * b) & torch.tensor(row.mask[1:]) & goes_on
         marks = beside(explained & lowered(b, a), explained & (b - a >= _HESITANT_NATS))
         found.append([False, *marks.tolist()])
-    return found
+    return _as_mostly(rows, found)

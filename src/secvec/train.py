@@ -37,7 +37,7 @@ try:
     from secvec.plain import finish_plain
     from secvec.probes import Probe
     from secvec.proof import PROBES, Evidence, load_finished, proof_lines, prove, teaches_trait
-    from secvec.settle import ROUNDS, settling_config, settling_rows, without_traits
+    from secvec.settle import ROUNDS, says, settling_config, settling_rows, without_traits
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
@@ -291,8 +291,10 @@ def _said_anew(
     vectors: Sequence[SecurityVector],
     progress: Progress | None,
 ) -> list[Encoded]:
+    """Return the rows to train on; none where there is nothing left to learn from them."""
     disarmed = _on_device(load_finished(inputs.config.method, inputs.base, finished))
-    return without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+    said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
+    return [] if says(disarmed, said) else said
 
 
 def _settled(run: RunFolder, source: Path, used: Sequence[int]) -> None:
