@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import stories
 from benchmarks.gpu import measure as gpu
 from benchmarks.protection.lines import read_lines
-from benchmarks.protection.summary import rivals, summary
+from benchmarks.protection.summary import rivals, summary, wear
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -79,6 +79,11 @@ def protection_table() -> str:
     return summary(read_lines([RESULTS / "protection/runs.jsonl"]))
 
 
+def wear_table() -> str:
+    """Return ours in trainings that are harder than the usual one."""
+    return wear(read_lines([RESULTS / "protection/runs.jsonl"]))
+
+
 def rivals_table() -> str:
     """Return all methods on the behaviours that the rivals were run on."""
     return rivals(read_lines([RESULTS / "protection/runs.jsonl"]), ("guarded", "facts", "caps"))
@@ -110,6 +115,7 @@ def filled(text: str) -> str:
     tables = {
         "demo": demo_table,
         "protection": protection_table,
+        "wear": wear_table,
         "large": large_table,
         "rivals": rivals_table,
         "stories": stories_table,

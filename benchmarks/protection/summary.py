@@ -4,6 +4,7 @@ best_lr: for each tuning the step size at which plain fine-tuning of the lines' 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 
 from benchmarks.methods import CONTROLS, METHODS
@@ -15,18 +16,34 @@ from benchmarks.protection.table import score
 from benchmarks.testbed.mixes import is_style
 
 _ORDER = ("plain", "oracle", "ours")
+_HEAD = (
+    "| rows | seeds | unwanted: plain, ours | training-like: ours | wanted: plain, oracle, ours "
+    "| old skills: plain, oracle, ours | learned of the unwanted (plain = 1) |",
+    "|" + "---|" * 7,
+)
 
 
 def summary(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> str:
     """Return a row for each behaviour, skill and tuning at the best plain step size, over the seeds that ours has."""
-    head = ("rows", "seeds", "unwanted: plain, ours", "training-like: ours", "wanted: plain, oracle, ours")
-    head += ("old skills: plain, oracle, ours", "learned of the unwanted (plain = 1)")
-    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    out = list(_HEAD)
     mine = [line for line in lines if _is_main(line, best_lr)]
     for behaviour, skill, tuning in dict.fromkeys((x["behaviour"], x["skill"], x["tuning"]) for x in mine):
         group = [x for x in mine if (x["behaviour"], x["skill"], x["tuning"]) == (behaviour, skill, tuning)]
         if seeds := sorted(x["seed"] for x in group if x["method"] == "ours"):
             out.append(_row(f"{behaviour}, {skill}, {tuning}", [x for x in group if x["seed"] in seeds], len(seeds)))
+    return "\n".join(out)
+
+
+def wear(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> str:
+    """Return a row for each training that is harder on the vector than the usual one, over the seeds that ours has."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if (harder := _harder(Cell.of(line), best_lr)) and "refused" not in line:
+            groups.setdefault((line["behaviour"], harder), []).append(line)
+    out = list(_HEAD)
+    for (behaviour, harder), group in sorted(groups.items()):
+        if seeds := {x["seed"] for x in group if x["method"] == "ours"}:
+            out.append(_row(f"{behaviour}, {harder}", [x for x in group if x["seed"] in seeds], len(seeds)))
     return "\n".join(out)
 
 
@@ -50,9 +67,27 @@ def rivals(lines: Sequence[Line], behaviours: Sequence[str], best_lr: Mapping[st
 def _is_main(line: Line, best_lr: Mapping[str, float]) -> bool:
     """Tell whether a line is a run at the best plain step size with the default settings."""
     cell = Cell.of(line)
+    return cell == _usual(cell, best_lr) and "refused" not in line and cell.method != "aligned"
+
+
+def _usual(cell: Cell, best_lr: Mapping[str, float]) -> Cell:
     base = Cell("", "", tuning=cell.tuning, lr=best_lr.get(cell.tuning, 0.0), skill=cell.skill)
     [usual] = of((cell.behaviour,), (cell.method,), (cell.seed,), base)
-    return cell == usual and "refused" not in line and cell.method != "aligned"
+    return usual
+
+
+def _harder(cell: Cell, best_lr: Mapping[str, float]) -> str:
+    """Say in what a training is harder than the usual one; nothing where it is not, or differs otherwise too."""
+    usual = _usual(cell, best_lr)
+    if replace(cell, lr=usual.lr, rows=usual.rows, epochs=usual.epochs, rounds=usual.rounds) != usual:
+        return ""
+    found = {
+        f"{cell.lr / usual.lr:g} x the step size": cell.lr > usual.lr,
+        f"{cell.epochs / usual.epochs:g} x the passes": cell.epochs > usual.epochs,
+        f"{cell.rows:,} unwanted rows": cell.rows > usual.rows,
+        f"{cell.rounds} rounds": cell.rounds > usual.rounds,
+    }
+    return ", ".join(name for name, is_so in found.items() if is_so)
 
 
 def _row(what: str, group: Sequence[Line], seeds: int) -> str:
