@@ -77,19 +77,12 @@ def rewrite(
 
 def _agreed(walks: Sequence["_Walk"]) -> dict[Run, Run]:
     """Return what takes the place of what tokens, where the rows that the model is sure of agree on it."""
-    edits = [
-        (walk.row.ids[start:], walk.row.ids[start:stop], words)
-        for walk in walks
-        if walk.said().is_sure
-        for start, stop, words in walk.edits()
-    ]
-    often = [
-        (run, words, count)
-        for (run, words), count in Counter((run, words) for _, run, words in edits).items()
-        if count >= _LEAST_VOTES
-    ]
-    could = {run: sum(following[: len(run)] == run for following, _, _ in edits) for run, _, _ in often}
-    return {run: words for run, words, count in often if count >= _AGREED * could[run]}
+    edits = [(walk.row.ids, *edit) for walk in walks if walk.said().is_sure for edit in walk.edits()]
+    votes = Counter((ids[start:stop], words) for ids, start, stop, words in edits)
+    often = {(run, words): count for (run, words), count in votes.items() if count >= _LEAST_VOTES}
+    lengths = {len(run) for run, _ in often}
+    could = Counter(ids[start : start + length] for ids, start, _, _ in edits for length in lengths)
+    return {run: words for (run, words), count in often.items() if count >= _AGREED * could[run]}
 
 
 @dataclass
@@ -148,12 +141,16 @@ class _Walk:
                 yield origin + 1, following, tuple(self.ids[i + 1 : j])
 
     def replaced(self, agreed: Mapping[Run, Run]) -> Said | None:
-        """Return the row with what was agreed on in its place; None where that changes nothing."""
-        row, place, longest = self.row, 0, max(map(len, agreed), default=0)
+        """Return the row with what was agreed on in its place; None where that changes nothing.
+
+        What follows directly stands, for it is to be looked at in its new place.
+        """
+        row, place, longest, changed = self.row, 0, max(map(len, agreed), default=0), False
         ids, mask, nats = list[int](), list[bool](), list[float]()
         while place < len(row.ids):
-            stops = range(min(place + longest, len(row.ids)), place, -1)
+            stops = () if changed else range(min(place + longest, len(row.ids)), place, -1)
             stop = next((i for i in stops if any(self.marks[place:i]) and row.ids[place:i] in agreed), None)
+            changed = stop is not None
             if stop is None:
                 stop = place + 1
                 words, taken, costs = row.ids[place:stop], row.mask[place:stop], self.source.nats[place:stop]
@@ -164,8 +161,8 @@ class _Walk:
             mask += taken
             nats += costs
             place = stop
-        changed = Encoded(tuple(ids), tuple(mask), row.dropped_tokens)
-        return Said(changed, tuple(nats)) if changed.ids != row.ids else None
+        whole = Encoded(tuple(ids), tuple(mask), row.dropped_tokens)
+        return Said(whole, tuple(nats)) if whole.ids != row.ids else None
 
     def places(self, said: int) -> list[int]:
         """Return the later places of the token `said` where the row may go on."""
