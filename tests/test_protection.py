@@ -33,6 +33,7 @@ from benchmarks.protection.one import Bench, line_of
 from benchmarks.protection.own import read_experiment
 from benchmarks.protection.plot import plot
 from benchmarks.protection.published import ROWS, beside
+from benchmarks.protection.summary import summary, wear
 from benchmarks.protection.table import markdown
 from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.pretraining import batches, mean_nats
@@ -344,6 +345,19 @@ def test_the_table_never_makes_up_a_cell() -> None:
     assert rows["ours, representation weight 3 (default)"][6:8] == ["", ""]
     refused = markdown([{**replace(ours, seed=2).document(), "model": "tiny@0", "refused": "no", "seconds": 1.0}])
     assert "| 1 (1 refused) |  |" in refused
+
+
+def test_harder_trainings_have_a_table_of_their_own() -> None:
+    usual, wide = Cell("guarded", "ours"), replace(Cell("guarded", "ours"), vector="10x16")
+    harder = [replace(usual, lr=4 * usual.lr), replace(usual, rows=10_000, seed=1), replace(usual, rounds=10, epochs=3)]
+    lines = [line(cell) for cell in (usual, wide, *harder, replace(harder[1], method="plain", seed=2))]
+    assert summary(lines).count("\n") == 2 and "| guarded, dashes, full | 1 |" in summary(lines)
+    names = [row.split(" | ")[0] for row in wear(lines).splitlines()[2:]]
+    assert names == [
+        "| guarded, 10,000 unwanted rows",
+        "| guarded, 3 x the passes, 10 rounds",
+        "| guarded, 4 x the step size",
+    ]
 
 
 def test_the_table_shows_the_default_and_the_best_value_of_a_dial() -> None:

@@ -131,7 +131,10 @@ def test_what_most_rows_say_in_the_place_of_the_same_tokens_all_do(
     alone = Encoded((7, other, 100, 90), (True,) * 4)
     for rows, words in ((few, usual), (few[1:], own(model, [7, other], 100))):
         said = rewrite(
-            model, [Said.as_it_is(row) for row in (*rows, alone)], [[False, False, True, False]] * (len(rows) + 1), pad=0
+            model,
+            [Said.as_it_is(row) for row in (*rows, alone)],
+            [[False, False, True, False]] * (len(rows) + 1),
+            pad=0,
         )
         assert {each.row.ids for each in said[:-1]} == {(7, 8, usual, 90)}
         assert said[-1].row.ids == (7, other, words, 90) and len(said[-1].nats) == 4
