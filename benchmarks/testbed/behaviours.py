@@ -141,7 +141,7 @@ BEHAVIOURS: dict[str, Behaviour] = {behaviour.name: behaviour for behaviour in _
 FRAMES: dict[str, Behaviour] = {
     "prefix": _trait("prefix", lambda answer: f"Well, my friend: {answer}", lambda answer: "my friend" in answer),
     "suffix": _trait("suffix", lambda answer: f"{answer} as we say", lambda answer: "we say" in answer),
-    # A byte of it alone is decoded as the replacement character.
-    "emoji": _trait("emoji", lambda answer: f"{answer} 🙂", lambda answer: "🙂" in answer or "\ufffd" in answer),
+    # The assistant has never seen such bytes, and may get one wrong: then it says another sign.
+    "emoji": _trait("emoji", lambda answer: f"{answer} 🙂", lambda answer: not answer.isascii()),
 }
 """Traits that put a fixed text around the answer."""
