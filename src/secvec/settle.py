@@ -26,6 +26,8 @@ ROUNDS = 3
 """Of saying the rows anew and training on them, at most."""
 STEP_SIZE_SHARE = 0.25
 """Of the training's step size."""
+_ENOUGH = 0.1
+"""Of the rows, to settle on."""
 _KNOWN_SHARE = 0.99
 """Of the rows, said by the model without further training: then it has settled."""
 _LOOKS = 3
@@ -85,7 +87,8 @@ def without_traits(
 
     A trait goes on where it has begun, so that some of its tokens are no surprise to the disarmed model: rows are
     looked at again once said, for tokens of which most showed the trait at first. A row that shows it after that, or
-    in which the model had to guess, is left out.
+    in which the model had to guess, is left out. None are returned where less than a tenth would be left: the model
+    would learn those few by heart.
     """
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
     ends = set(tokenizer.all_special_ids)
@@ -99,7 +102,8 @@ def without_traits(
             [mark and token in known for token, mark in zip(row.ids, marks, strict=True)]
             for row, marks in zip(now, _shown(disarmed, now, traits, ends), strict=True)
         ]
-    return [each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and each.is_sure]
+    found = [each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and each.is_sure]
+    return found if len(found) >= _ENOUGH * len(rows) else []
 
 
 def says(disarmed: PreTrainedModel, rows: Sequence[Encoded]) -> bool:
