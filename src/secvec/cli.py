@@ -2,19 +2,16 @@
 
 import json
 import os
-import re
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from secvec.errors import SecvecError, UsageError
+from secvec.errors import SecvecError
 from secvec.launch import refuse_several, speaking_once
 from secvec.terminal import (
     AsJson,
@@ -33,6 +30,7 @@ from secvec.terminal import (
     bar,
     bytes_bar,
     lines,
+    refuse_empty,
     screen,
     show,
 )
@@ -374,7 +372,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with speaking_once():
-            _refuse_empty(sys.argv[1:])
+            refuse_empty(sys.argv[1:])
             app()
     except SecvecError as error:
         screen.print(f"secvec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -389,14 +387,6 @@ def main() -> None:
         where = "" if error.filename is None else f": {error.filename}"
         screen.print(f"secvec: {error.strerror or error}{where}", style="red", markup=False, soft_wrap=True)
         sys.exit(3)
-
-
-def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Raise UsageError on an empty argument, which would stand for the current folder."""
-    for before, argument in pairwise(("secvec", *arguments)):
-        if not argument or re.fullmatch(r"--[\w-]+=", argument):
-            named = argument or f"after {before}"
-            raise UsageError(f"{named}: expected a value, found none; is a variable of the shell not set?")
 
 
 if __name__ == "__main__":

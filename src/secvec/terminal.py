@@ -1,8 +1,10 @@
 """What the commands share at the terminal: options, progress bars, results for people or machines."""
 
 import json
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from secvec.errors import UsageError
 from secvec.launch import is_main
 
 screen = Console(stderr=True)
@@ -32,6 +35,14 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random.", sho
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings as YAML.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One more setting, key=value.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise UsageError on an empty argument, which would stand for the current folder."""
+    for before, argument in pairwise(("secvec", *arguments)):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            named = argument or f"after {before}"
+            raise UsageError(f"{named}: expected a value, found none; is a variable of the shell not set?")
 
 
 def show(document: dict[str, Any], as_json: bool, for_people: Callable[[], None]) -> None:
