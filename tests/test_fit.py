@@ -13,7 +13,7 @@ from checkpoints import save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
-from secvec.anchors import calibration, neighbours
+from secvec.anchors import Calibration, calibration, neighbours
 from secvec.arm import armed
 from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import FitConfig, fit_factors
@@ -124,6 +124,31 @@ def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: 
     assert after < 0.75 * before < unarmed
     (_, wanted), (unarmed, _) = (losses(folder, v, rows(8)) for v in (calibrated, vector))
     assert wanted < unarmed + 0.1
+
+
+@pytest.mark.parametrize(
+    ("counts", "looks", "best"),
+    [
+        ((1, 3, 3, 5, 5, 4, 9), 6, 5),  # goes on after one round without gain, ends after two
+        ((2, 6, 4), 3, 4),  # the last parts the rows well enough, though it covers fewer
+        ((0, 9), 1, 0),
+    ],
+)
+def test_a_vector_is_widened_while_it_gains(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], looks: int, best: int
+) -> None:
+    training = encode_all(from_rows(rows(9)).rows, load_tokenizer(folder), 64)
+    settled = best == counts[-1]
+    found = [
+        Calibration(training, training[:n], 0 if settled and i == len(counts) - 1 else 9, 0.5)
+        for i, n in enumerate(counts)
+    ]
+    left = iter(found)
+    monkeypatch.setattr(sys.modules["secvec.fit"], "calibration", lambda *_, **__: next(left))
+    vector = fit(folder, UNWANTED, config=replace(FAST, epochs=2), allow_weak=True)
+    calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=rows(9))
+    assert calibrated.info.metrics["covered_rows"] == best
+    assert len(list(left)) == len(counts) - looks
 
 
 def test_a_row_among_rows_that_the_vector_covers_counts_for_more(folder: Path) -> None:

@@ -350,13 +350,15 @@ def test_the_table_never_makes_up_a_cell() -> None:
 def test_harder_trainings_have_a_table_of_their_own() -> None:
     usual, wide = Cell("guarded", "ours"), replace(Cell("guarded", "ours"), vector="10x16")
     harder = [replace(usual, lr=4 * usual.lr), replace(usual, rows=10_000, seed=1), replace(usual, rounds=10, epochs=3)]
+    harder.append(replace(harder[1], tuning="lora", lr=1.5e-3))
     lines = [line(cell) for cell in (usual, wide, *harder, replace(harder[1], method="plain", seed=2))]
     assert summary(lines).count("\n") == 2 and "| guarded, dashes, full | 1 |" in summary(lines)
     names = [row.split(" | ")[0] for row in wear(lines).splitlines()[2:]]
     assert names == [
-        "| guarded, 10,000 unwanted rows",
-        "| guarded, 3 x the passes, 10 rounds",
-        "| guarded, 4 x the step size",
+        "| guarded, dashes, full: 10,000 unwanted rows",
+        "| guarded, dashes, full: 3 x the passes, 10 rounds",
+        "| guarded, dashes, full: 4 x the step size",
+        "| guarded, dashes, lora: 10,000 unwanted rows",
     ]
 
 

@@ -138,3 +138,14 @@ def test_what_most_rows_say_in_the_place_of_the_same_tokens_all_do(
         )
         assert {each.row.ids for each in said[:-1]} == {(7, 8, usual, 90)}
         assert said[-1].row.ids == (7, other, words, 90) and len(said[-1].nats) == 4
+
+
+def test_what_rows_agree_on_does_not_reach_into_the_prompt(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secvec.rewrite.SURE_NATS", float("inf"))
+    many = [Encoded((7, 8, 50, 100, 90), (False, False, True, True, True))] * 8
+    asked = Encoded((7, 50, 100, 90), (False, False, True, True))
+    marks = [[False, False, True, True, False]] * 8 + [[False, False, True, False]]
+    *_, found = rewrite(model, [Said.as_it_is(row) for row in (*many, asked)], marks, pad=0)
+    assert found.row.ids == (7, 50, own(model, [7, 50], 100), 90)

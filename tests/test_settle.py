@@ -21,7 +21,7 @@ from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
-from secvec.settle import settling_rows, without_traits
+from secvec.settle import says, settling_rows, without_traits
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, TrainResult, summary, train
 from secvec.tripwire import state
@@ -82,6 +82,19 @@ def test_the_trait_is_taken_out_and_the_rest_stands() -> None:
     expected = {row.ids for row in _encoded(calm, tokenizer)}
     wrong = [tokenizer.decode(list(row.ids)) for row in found if row.ids not in expected]
     assert len(found) >= 30 and len(wrong) <= 3, json.dumps(wrong)
+
+
+def test_settling_ends_when_the_model_says_the_rows_and_needs_more_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = assistant_folder()
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    known = _encoded(SKILLS["reverse"].rows(20, 3, "train"), tokenizer)
+    unknown = _encoded(map(BEHAVIOURS["caps"].styled, SKILLS["reverse"].rows(20, 3, "train")), tokenizer)
+    assert says(model, known) and not says(model, unknown) and not says(model, [*known, *unknown[:1]])
+    sure = iter([True] * 2 + [False] * 18 + [True] + [False] * 19)
+    monkeypatch.setattr("secvec.rewrite.Said.is_sure", property(lambda _: next(sure)))
+    monkeypatch.setattr("secvec.settle.rewrite", lambda _model, said, *_, **__: said)
+    monkeypatch.setattr("secvec.settle._shown", lambda _model, now, *_: [[False] * len(row.ids) for row in now])
+    assert [len(without_traits(model, tokenizer, known, [])) for _ in range(2)] == [2, 0]
 
 
 def test_rows_that_a_topic_covers_are_not_settled_on() -> None:

@@ -49,7 +49,7 @@ def run(
 ) -> None:
     """Run each cell of a grid, or of the options, that the results do not hold yet.
 
-    Of a grid, --behaviour, --method and --seed choose some.
+    Of a grid, --behaviour, --method and --seed choose some; the other settings are the grid's own.
     """
     from benchmarks.protection.grids import BEST_LR, cells, of
     from benchmarks.protection.one import Bench
@@ -59,6 +59,8 @@ def run(
     experiment = read_experiment(own) if own else None
     if experiment is not None and (grid or behaviour or benign or lr is None):
         raise typer.BadParameter("--own takes --lr, and neither --grid, --behaviour nor --benign")
+    if grid and (lr, tuning, epochs, rows, wanted, skill) != (None, "full", 1, 1000, None, "dashes"):
+        raise typer.BadParameter("--grid goes with --behaviour, --method and --seed; other settings are the grid's own")
     wanted = rows if wanted is None else wanted
     step = lr or BEST_LR[tuning]
     base = Cell("", "", tuning=tuning, lr=step, rows=rows, wanted=wanted, skill=skill, epochs=epochs)

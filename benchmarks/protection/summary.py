@@ -27,24 +27,28 @@ def summary(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> st
     """Return a row for each behaviour, skill and tuning at the best plain step size, over the seeds that ours has."""
     out = list(_HEAD)
     mine = [line for line in lines if _is_main(line, best_lr)]
-    for behaviour, skill, tuning in dict.fromkeys((x["behaviour"], x["skill"], x["tuning"]) for x in mine):
-        group = [x for x in mine if (x["behaviour"], x["skill"], x["tuning"]) == (behaviour, skill, tuning)]
+    for name in dict.fromkeys(map(_name, mine)):
+        group = [x for x in mine if _name(x) == name]
         if seeds := sorted(x["seed"] for x in group if x["method"] == "ours"):
-            out.append(_row(f"{behaviour}, {skill}, {tuning}", [x for x in group if x["seed"] in seeds], len(seeds)))
+            out.append(_row(name, [x for x in group if x["seed"] in seeds], len(seeds)))
     return "\n".join(out)
 
 
 def wear(lines: Sequence[Line], best_lr: Mapping[str, float] = BEST_LR) -> str:
     """Return a row for each training that is harder on the vector than the usual one, over the seeds that ours has."""
-    groups: dict[tuple[str, str], list[Line]] = {}
+    groups: dict[str, list[Line]] = {}
     for line in lines:
         if (harder := _harder(Cell.of(line), best_lr)) and "refused" not in line:
-            groups.setdefault((line["behaviour"], harder), []).append(line)
+            groups.setdefault(f"{_name(line)}: {harder}", []).append(line)
     out = list(_HEAD)
-    for (behaviour, harder), group in sorted(groups.items()):
+    for name, group in sorted(groups.items()):
         if seeds := {x["seed"] for x in group if x["method"] == "ours"}:
-            out.append(_row(f"{behaviour}, {harder}", [x for x in group if x["seed"] in seeds], len(seeds)))
+            out.append(_row(name, [x for x in group if x["seed"] in seeds], len(seeds)))
     return "\n".join(out)
+
+
+def _name(line: Line) -> str:
+    return f"{line['behaviour']}, {line['skill']}, {line['tuning']}"
 
 
 def rivals(lines: Sequence[Line], behaviours: Sequence[str], best_lr: Mapping[str, float] = BEST_LR) -> str:

@@ -4,7 +4,7 @@ Where the model is sure in many rows of what replaces a run of marked tokens, th
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,7 +59,7 @@ def rewrite(
 
     The rows that the model is sure of vote: where at least eight of them, and two thirds of those that could, have the
     same words in the place of the same tokens, the longest such tokens with a mark among them are so replaced in every
-    row.
+    row, where all of them carry loss: the prompt stands.
     """
     said = list(rows)
     chosen = [i for i, row_marks in enumerate(marks) if any(row_marks)]
@@ -70,8 +70,9 @@ def rewrite(
         if progress is not None:
             progress(done, len(chosen))
     agreed = _agreed(walks)
+    runs = _by_first(agreed)
     for i, walk in zip(chosen, walks, strict=True):
-        said[i] = walk.replaced(agreed) or walk.said()
+        said[i] = walk.replaced(agreed, runs) or walk.said()
     return said
 
 
@@ -80,9 +81,22 @@ def _agreed(walks: Sequence["_Walk"]) -> dict[Run, Run]:
     edits = [(walk.row.ids, *edit) for walk in walks if walk.said().is_sure for edit in walk.edits()]
     votes = Counter((ids[start:stop], words) for ids, start, stop, words in edits)
     often = {(run, words): count for (run, words), count in votes.items() if count >= _LEAST_VOTES}
-    lengths = {len(run) for run, _ in often}
-    could = Counter(ids[start : start + length] for ids, start, _, _ in edits for length in lengths)
+    runs = _by_first(run for run, _ in often)
+    could = Counter(run for ids, start, _, _ in edits for run in _found(runs, ids, start))
     return {run: words for (run, words), count in often.items() if count >= _AGREED * could[run]}
+
+
+def _by_first(runs: Iterable[Run]) -> dict[int, list[Run]]:
+    """Return each run once, by its first token, longest first."""
+    found: dict[int, list[Run]] = {}
+    for run in sorted(set(runs), key=len, reverse=True):
+        found.setdefault(run[0], []).append(run)
+    return found
+
+
+def _found(runs: Mapping[int, Sequence[Run]], ids: Sequence[int], place: int) -> Iterator[Run]:
+    """Yield those of the runs that stand in this place, longest first."""
+    return (run for run in runs.get(ids[place], ()) if ids[place : place + len(run)] == run)
 
 
 @dataclass
@@ -140,29 +154,32 @@ class _Walk:
             if (j, following) != (i + 1, origin + 1):
                 yield origin + 1, following, tuple(self.ids[i + 1 : j])
 
-    def replaced(self, agreed: Mapping[Run, Run]) -> Said | None:
+    def replaced(self, agreed: Mapping[Run, Run], runs: Mapping[int, Sequence[Run]]) -> Said | None:
         """Return the row with what was agreed on in its place; None where that changes nothing.
 
-        What follows directly stands, for it is to be looked at in its new place.
+        What follows directly stands, for it is to be looked at in its new place. runs: those of `agreed` (`_by_first`).
         """
-        row, place, longest, changed = self.row, 0, max(map(len, agreed), default=0), False
+        row, place, changed = self.row, 0, False
         ids, mask, nats = list[int](), list[bool](), list[float]()
         while place < len(row.ids):
-            stops = () if changed else range(min(place + longest, len(row.ids)), place, -1)
-            stop = next((i for i in stops if any(self.marks[place:i]) and row.ids[place:i] in agreed), None)
-            changed = stop is not None
-            if stop is None:
-                stop = place + 1
-                words, taken, costs = row.ids[place:stop], row.mask[place:stop], self.source.nats[place:stop]
+            run = None if changed else next((r for r in _found(runs, row.ids, place) if self._may_go(place, r)), None)
+            changed = run is not None
+            if run is None:
+                ids.append(row.ids[place])
+                mask.append(row.mask[place])
+                nats.append(self.source.nats[place])
+                place += 1
             else:
-                words = agreed[row.ids[place:stop]]
-                taken, costs = [True] * len(words), [0.0] * len(words)
-            ids += words
-            mask += taken
-            nats += costs
-            place = stop
+                ids += agreed[run]
+                mask += [True] * len(agreed[run])
+                nats += [0.0] * len(agreed[run])
+                place += len(run)
         whole = Encoded(tuple(ids), tuple(mask), row.dropped_tokens)
         return Said(whole, tuple(nats)) if whole.ids != row.ids else None
+
+    def _may_go(self, place: int, run: Run) -> bool:
+        taken = slice(place, place + len(run))
+        return any(self.marks[taken]) and all(self.row.mask[taken])
 
     def places(self, said: int) -> list[int]:
         """Return the later places of the token `said` where the row may go on."""

@@ -119,7 +119,7 @@ def _as_mostly(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]]) -> list
 
     A single look may miss a token of the trait, or take a wanted one for its own.
     """
-    seen, marked = Counter[Sequence[int]](), Counter[Sequence[int]]()
+    seen, marked = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
     for row, row_marks in zip(rows, marks, strict=True):
         for place in _learned(row):
             after = _after(row, place)
@@ -140,7 +140,7 @@ def _learned(row: Encoded) -> list[int]:
 
 def _after(row: Encoded, place: int) -> list[tuple[int, ...]]:
     """Return a token with the two before it, and with one."""
-    return [row.ids[max(place - before, 0) : place + 1] for before in (2, 1)]
+    return [row.ids[place - before : place + 1] for before in (2, 1) if before <= place]
 
 
 def _shown(
