@@ -20,6 +20,7 @@ from secvec.demo import assistant_folder
 from secvec.factors import FitConfig
 from secvec.fit import fit
 from secvec.models import load_model, load_tokenizer
+from secvec.rewrite import Said
 from secvec.samples import from_rows
 from secvec.settle import says, settling_rows, without_traits
 from secvec.tokens import Encoded, encode_all
@@ -95,6 +96,18 @@ def test_settling_ends_when_the_model_says_the_rows_and_needs_more_than_a_few(mo
     monkeypatch.setattr("secvec.settle.rewrite", lambda _model, said, *_, **__: said)
     monkeypatch.setattr("secvec.settle._shown", lambda _model, now, *_: [[False] * len(row.ids) for row in now])
     assert [len(without_traits(model, tokenizer, known, [])) for _ in range(2)] == [2, 0]
+
+
+def test_a_row_that_is_said_to_end_in_its_middle_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = assistant_folder()
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    rows = _encoded(SKILLS["reverse"].rows(3, 3, "train"), tokenizer)
+    end = rows[0].ids[-1]
+    assert end in tokenizer.all_special_ids
+    cut = replace(rows[0], ids=(*rows[0].ids[:-3], end, *rows[0].ids[-2:]))
+    monkeypatch.setattr("secvec.settle.rewrite", lambda _model, said, *_, **__: [Said.as_it_is(cut), *said[1:]])
+    monkeypatch.setattr("secvec.settle._shown", lambda _model, now, *_: [[False] * len(row.ids) for row in now])
+    assert without_traits(model, tokenizer, rows, []) == rows[1:]
 
 
 def test_rows_that_a_topic_covers_are_not_settled_on() -> None:

@@ -87,7 +87,7 @@ def without_traits(
 
     A trait goes on where it has begun, so that some of its tokens are no surprise to the disarmed model: rows are
     looked at again once said, for tokens of which most showed the trait at first. A row that shows it after that, or
-    in which the model had to guess, is left out. None are returned where less than a tenth would be left: the model
+    in which the model had to guess or ends elsewhere too, is left out. None are returned where less than a tenth would be left: the model
     would learn those few by heart.
     """
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
@@ -102,8 +102,16 @@ def without_traits(
             [mark and token in known for token, mark in zip(row.ids, marks, strict=True)]
             for row, marks in zip(now, _shown(disarmed, now, traits, ends), strict=True)
         ]
-    found = [each.row for each, marks in zip(said, shown, strict=True) if not any(marks) and each.is_sure]
+    found = [
+        each.row
+        for each, marks, row in zip(said, shown, rows, strict=True)
+        if not any(marks) and each.is_sure and _ended(each.row, ends) == _ended(row, ends)
+    ]
     return found if len(found) >= _ENOUGH * len(rows) else []
+
+
+def _ended(row: Encoded, ends: set[int]) -> int:
+    return sum(token in ends for token in row.ids)
 
 
 def says(disarmed: PreTrainedModel, rows: Sequence[Encoded]) -> bool:
