@@ -87,8 +87,8 @@ def without_traits(
 
     A trait goes on where it has begun, so that some of its tokens are no surprise to the disarmed model: rows are
     looked at again once said, for tokens of which most showed the trait at first. A row that shows it after that, or
-    in which the model had to guess or ends elsewhere too, is left out. None are returned where less than a tenth would be left: the model
-    would learn those few by heart.
+    in which the model had to guess or ends elsewhere too, is left out. None are returned where less than a tenth would
+    be left: the model would learn those few by heart.
     """
     traits = [vector for vector in vectors if vector.info.kind == "trait"]
     ends = set(tokenizer.all_special_ids)
