@@ -104,10 +104,11 @@ def stories_table() -> str:
 
 
 def gpu_table() -> str:
-    """Return what was measured on a GPU, of all runs of `python -m benchmarks.gpu`."""
+    """Return what was measured on a GPU, of all runs of `python -m benchmarks.gpu`; what was measured again, as then."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
     rows = [gpu.Measured(**row) for document in documents for row in document["rows"]]
-    return gpu.table([row for row in rows if row.seconds is not None]).strip()
+    latest = {(row.model, row.what, row.context, row.way): row for row in rows if row.seconds is not None}
+    return gpu.table(list(latest.values())).strip()
 
 
 def filled(text: str) -> str:

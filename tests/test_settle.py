@@ -58,7 +58,7 @@ def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     def unwanted_ones(*_: object) -> list[Encoded]:
         return encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128) * 20
 
-    monkeypatch.setattr(sys.modules["secvec.train"], "without_traits", unwanted_ones)
+    monkeypatch.setattr(sys.modules["secvec.train_settle"], "without_traits", unwanted_ones)
     vector = fitted_vector(base)
 
     def run(settle_rows: int) -> TrainResult:

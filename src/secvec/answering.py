@@ -13,7 +13,7 @@ from secvec import artifact
 from secvec.arm import armed
 from secvec.errors import CheckpointError, RowError
 from secvec.ledger import Ledger
-from secvec.models import Answer, context_length, default_device, generate, load_model, load_tokenizer, resolve
+from secvec.models import Answer, context_length, generate, load_model, load_tokenizer, on_device, resolve
 from secvec.provenance import digest_chat_template, digest_file, digest_model, digest_tokenizer
 from secvec.runfolder import RunFolder
 from secvec.samples import Message, Sample, Source
@@ -94,7 +94,7 @@ def answer(
     if not total:
         return
     model, tokenizer = load_model(subject.folder), load_tokenizer(subject.home)
-    model.to(default_device())  # pyright: ignore[reportArgumentType]
+    on_device(model)
     context: AbstractContextManager[None] = armed(model, *subject.vectors) if subject.vectors else nullcontext()
     with context:
         for ledger, questions in work:

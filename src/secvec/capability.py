@@ -9,7 +9,7 @@ from typing import Any
 from secvec.answering import Subject
 from secvec.atomic import write_json
 from secvec.errors import MissingExtraError, UsageError
-from secvec.models import default_device, load_model, load_tokenizer
+from secvec.models import load_model, load_tokenizer, on_device
 from secvec.tripwire import read_json
 
 
@@ -44,7 +44,7 @@ def measure(subject: Subject, tasks: Tasks, path: Path) -> Mapping[str, Any]:
     if path.is_file() and (kept := read_json(path)).get("about") == about:
         return kept["results"]
     model, tokenizer = load_model(subject.folder), load_tokenizer(subject.home)
-    model.to(default_device())  # pyright: ignore[reportArgumentType]
+    on_device(model)
     found: Any = lm_eval.simple_evaluate(
         model=huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=tasks.batch_size),
         tasks=list(tasks.names),

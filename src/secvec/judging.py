@@ -9,7 +9,7 @@ from secvec.endpoint import EndpointJudge
 from secvec.errors import RowError, UsageError
 from secvec.judges import ENDPOINT, FORMATS, Asked, Chat, Finding, Judge, Verdict, judged_key, parse_spec
 from secvec.ledger import Ledger
-from secvec.models import context_length, default_device, generate, load_model, load_tokenizer, resolve
+from secvec.models import context_length, generate, load_model, load_tokenizer, on_device, resolve
 from secvec.provenance import digest_model
 from secvec.suites import Suite
 from secvec.tokens import control_tokens, encode_prompt
@@ -41,7 +41,7 @@ class ClassifierJudge:
 
     def judge(self, asked: Sequence[Asked]) -> Iterator[list[Finding]]:
         model, tokenizer = load_model(self.folder), load_tokenizer(self.folder)
-        model.to(default_device())  # pyright: ignore[reportArgumentType]
+        on_device(model)
         new, room = FORMATS[self.kind].max_new_tokens, context_length(model)
         forged = sorted(control_tokens(tokenizer))
 

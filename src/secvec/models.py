@@ -61,6 +61,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """Move a model to the default device."""
+    return model.to(default_device())  # pyright: ignore[reportArgumentType]
+
+
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

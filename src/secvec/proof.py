@@ -54,7 +54,7 @@ class Evidence:
     base: the aligned model; folded: what training started from; trained: what it left; result: the model or adapter
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
     rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did;
-    drift: what `secvec.drift` saw during training.
+    left_out: how many of the training rows `secvec.excess` left out; drift: what `secvec.drift` saw during training.
     """
 
     method: Literal["full", "lora"]
@@ -67,6 +67,7 @@ class Evidence:
     rows: Sequence[Encoded]
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
+    left_out: int = 0
     drift: Mapping[str, Any] | None = None
 
 
@@ -104,6 +105,8 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         document["settled"] = _settled(evidence, evidence.settled, probes, judged)
         judged = document["settled"]["unwanted_after"] if document["settled"]["kept"] else judged
     document["unwanted"] = judged
+    if evidence.left_out:
+        document["left_out"] = {"covered_rows": evidence.left_out, "rows": len(evidence.rows)}
     if evidence.drift is not None:
         document["drift"] = dict(evidence.drift)
     return document
@@ -122,6 +125,11 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
+        )
+    if excess := proof.get("left_out"):
+        lines.append(
+            f"not trained on: {excess['covered_rows']:,} of {excess['rows']:,} rows, which the vector covers and which "
+            "were more than as many as the others (left-out.jsonl)"
         )
     if (drift := proof.get("drift")) and drift["measurements"]:
         lines.append(drift_line(drift))

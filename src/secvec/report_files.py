@@ -105,6 +105,14 @@ class Settled:
 
 
 @checked(frozen=True, config=_FINITE)
+class LeftOut:
+    """Rows in excess that the vector covers, of all rows of the file."""
+
+    covered_rows: int
+    rows: int
+
+
+@checked(frozen=True, config=_FINITE)
 class Proof:
     """proof.json."""
 
@@ -116,6 +124,7 @@ class Proof:
     logits: Logits
     unwanted: list[Probe]
     settled: Settled | None = None
+    left_out: LeftOut | None = None
     drift: Drift | None = None
 
     @property

@@ -155,6 +155,9 @@ def _checks(proof: Proof) -> list[list[str]]:
         ["digest of the base", proof.models.get("base", "")],
         ["digest of the result", proof.result],
     ]
+    if proof.left_out:
+        shown = f"{proof.left_out.covered_rows:,} of {proof.left_out.rows:,}"
+        rows.append(["rows in excess that the vector covers, not trained on", shown])
     if proof.settled:
         rows.append(["settled on rows without the trait", "kept" if proof.settled.kept else "not kept"])
     return rows

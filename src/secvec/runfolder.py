@@ -63,6 +63,11 @@ class RunFolder:
     def proof(self) -> Path:
         return self.out / "proof.json"
 
+    @property
+    def left_out(self) -> Path:
+        """Rows that were not trained on (`secvec.excess`), if any were looked for: row, from 0; file; line, from 1."""
+        return self.out / "left-out.jsonl"
+
     def vector(self, number: int) -> Path:
         """The `number`th vector as calibrated for this run."""
         return self.out / f"vector-{number}.safetensors"
@@ -146,6 +151,12 @@ class RunFolder:
         shutil.rmtree(self.work, ignore_errors=True)
         for path in self.out.glob(_HALF_WRITTEN):
             path.unlink()
+
+
+def fresh(folder: Path) -> Path:
+    """Remove what a killed run left; the folder itself is made by whoever fills it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def digest_tree(folder: Path) -> str:

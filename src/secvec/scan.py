@@ -16,7 +16,7 @@ from secvec.atomic import atomic_write, write_json
 from secvec.errors import CheckpointError, InputError, RowError
 from secvec.evidence import gather_evidence
 from secvec.fit import Rows
-from secvec.models import default_device, load_model
+from secvec.models import load_model, on_device
 from secvec.provenance import digest_files
 from secvec.runfolder import SCAN, RunFolder, locked, open_run, resumable
 from secvec.scan_config import ScanConfig
@@ -176,7 +176,7 @@ def _finish_scan(inputs: ScanInputs, run: RunFolder, progress: Progress | None) 
     if done == inputs.survey.rows and _thresholds(run).exists():
         return
     model = load_model(inputs.folder)
-    model.to(default_device())  # pyright: ignore[reportArgumentType]
+    on_device(model)
     if not _thresholds(run).exists():
         write_json(_thresholds(run), _choose(inputs, model))
     cuts = [document["nats_per_token"] for document in read_json(_thresholds(run)).values()]

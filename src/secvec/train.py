@@ -1,44 +1,41 @@
 """Fine-tune on untrusted data without learning unwanted behaviours: calibrate, fold, train, unfold, prove."""
 
+import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel
 
 from secvec import artifact
-from secvec.atomic import write_json
+from secvec.atomic import atomic_write, write_json
 from secvec.card import model_card
 from secvec.drift_record import drift_of
 from secvec.errors import CheckpointError, MissingExtraError
 from secvec.fit import Rows, refit
 from secvec.fold import fold
-from secvec.models import default_device, load_model
 from secvec.processes import alone
 from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
-from secvec.runfolder import CARD, RunFolder, digest_tree, locked, open_run, resumable
+from secvec.runfolder import CARD, RunFolder, digest_tree, fresh, locked, open_run, resumable
 from secvec.tokens import Encoded
-from secvec.train_config import Progress, TrainConfig
+from secvec.train_config import Progress, TrainConfig, named
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
     from secvec.drift import ROWS, Watch
+    from secvec.excess import in_excess, may_exceed
     from secvec.plain import finish_plain
-    from secvec.probes import Probe
-    from secvec.proof import PROBES, Evidence, load_finished, proof_lines, prove, teaches_trait
-    from secvec.settle import ROUNDS, says, settling_config, settling_rows, without_traits
+    from secvec.proof import Evidence, proof_lines, prove
     from secvec.train_inputs import Inputs, check_inputs
+    from secvec.train_settle import settle
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
 except ImportError as error:
@@ -160,6 +157,8 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     if inputs.unwanted:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
+    if inputs.unwanted and may_exceed(vectors, len(inputs.rows)):
+        _alone(run, "leave out", lambda: _leave_out(run, inputs, vectors, progress), lambda: _left_out(run))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(
         run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
@@ -167,7 +166,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     _alone(run, "unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
     if inputs.settles:
         _together(
-            run, "settle", lambda: _settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs)
+            run, "settle", lambda: settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs)
         )
     _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
@@ -197,18 +196,42 @@ def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
     return [artifact.load(run.vector(i)) for i in range(len(inputs.vectors))]
 
 
+def _leave_out(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+    excess = in_excess(inputs.aligned(), inputs.rows, vectors, named(progress, "looking for covered rows in excess"))
+    with atomic_write(run.left_out) as file:
+        for row in excess:
+            line = {"row": row, **asdict(inputs.data.rows[row].source)}
+            file.write(json.dumps(line).encode() + b"\n")
+    return _left_out(run)
+
+
+def _left_out(run: RunFolder) -> str:
+    return digest_file(run.left_out)
+
+
+def _excess(run: RunFolder) -> set[int]:
+    lines = run.left_out.read_bytes().splitlines() if run.left_out.exists() else []
+    return {json.loads(line)["row"] for line in lines}
+
+
+def _rows(run: RunFolder, inputs: Inputs) -> Sequence[Encoded]:
+    """Return the rows to train on."""
+    excess = _excess(run)
+    return [row for i, row in enumerate(inputs.rows) if i not in excess] if excess else inputs.rows
+
+
 def _fold(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    fold(inputs.base, vectors, _fresh(run.folded), progress=_named(progress, "folding"))
+    fold(inputs.base, vectors, fresh(run.folded), progress=named(progress, "folding"))
     return digest_tree(run.folded)
 
 
 def _train(
     run: RunFolder, inputs: Inputs, source: Path, vectors: Sequence[SecurityVector], progress: Progress | None
 ) -> None:
-    alone(lambda: _fresh(run.trained))
+    alone(lambda: fresh(run.trained))
     job = Job(
         source,
-        inputs.rows,
+        alone(lambda: _rows(run, inputs)),
         inputs.tokenizer,
         inputs.config,
         run.checkpoints,
@@ -221,107 +244,23 @@ def _train(
 
 
 def _watch(inputs: Inputs, vectors: Sequence[SecurityVector]) -> Watch:
-    return Watch(
-        _probes(inputs, _on_device(load_model(inputs.base, dtype=torch.float32)), vectors, ROWS),
-        vectors,
-        inputs.config.on_drift,
-    )
-
-
-def _probes(inputs: Inputs, base: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> list[Probe]:
-    pairs = zip(inputs.unwanted_rows(), vectors, strict=True)
-    return [Probe.of(base, rows[:count], vector) for rows, vector in pairs]
-
-
-def _on_device(model: PreTrainedModel) -> PreTrainedModel:
-    return model.to(default_device())  # pyright: ignore[reportArgumentType]
+    return Watch(inputs.probes(inputs.aligned(), vectors, ROWS), vectors, inputs.config.on_drift)
 
 
 def _finish(run: RunFolder, inputs: Inputs) -> str:
-    finish_plain(run.trained, inputs.base, _fresh(run.unproved))
+    finish_plain(run.trained, inputs.base, fresh(run.unproved))
     return digest_tree(run.unproved)
 
 
 def _unfold(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
-    out = _fresh(run.unproved)
-    unfold(run.trained, out, folded=run.folded, base=inputs.base, progress=_named(progress, "unfolding"))
+    out = fresh(run.unproved)
+    unfold(run.trained, out, folded=run.folded, base=inputs.base, progress=named(progress, "unfolding"))
     return digest_tree(out)
 
 
 def _left(folder: Path, run: RunFolder, inputs: Inputs) -> str:
     """Return the digest of a result, which a run that was killed while it published may have moved already."""
     return digest_tree(folder) if folder.exists() else _published(run, inputs)
-
-
-def _settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
-    rows, probes = alone(lambda: _settling(run, inputs, vectors))
-    source, used = run.unproved, list[int]()
-    before = alone(lambda: _measured(inputs, source, probes))
-    for number in range(ROUNDS):
-        said = alone(partial(_said_anew, inputs, source, rows, vectors, progress))
-        if not said:
-            break
-        further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
-        harmful = teaches_trait(before, alone(partial(_measured, inputs, further, probes)))
-        # The first round is put before the proof, which refuses it; a later one is undone.
-        if harmful and used:
-            break
-        source, used = further, [*used, len(said)]
-        if harmful:
-            break
-    alone(lambda: _settled(run, source, used))
-
-
-def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> tuple[list[Encoded], list[Probe]]:
-    """Return the rows to settle on and what tells whether that teaches the trait."""
-    _fresh(run.settling)
-    base = _on_device(load_model(inputs.base, dtype=torch.float32))
-    return settling_rows(base, inputs.rows, vectors, inputs.config), _probes(inputs, base, vectors, PROBES)
-
-
-def _measured(inputs: Inputs, finished: Path, probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    disarmed = _on_device(load_finished(inputs.config.method, inputs.base, finished))
-    return [probe.measure(disarmed) for probe in probes]
-
-
-def _said_anew(
-    inputs: Inputs,
-    finished: Path,
-    rows: Sequence[Encoded],
-    vectors: Sequence[SecurityVector],
-    progress: Progress | None,
-) -> list[Encoded]:
-    """Return the rows to train on; none where there is nothing left to learn from them."""
-    disarmed = _on_device(load_finished(inputs.config.method, inputs.base, finished))
-    said = without_traits(disarmed, inputs.tokenizer, rows, vectors, _named(progress, "rewriting"))
-    return [] if says(disarmed, said) else said
-
-
-def _settled(run: RunFolder, source: Path, used: Sequence[int]) -> None:
-    shutil.copytree(source, _fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": list(used)}, 0o644)
-    sync_tree(run.settled)
-
-
-def _trained_further(
-    source: Path, work: Path, inputs: Inputs, rows: Sequence[Encoded], progress: Progress | None
-) -> Path:
-    """Train a disarmed model or adapter on rows and return the folder of the result, which lies in `work`."""
-    is_lora = inputs.config.method == "lora"
-    alone(lambda: work.mkdir(parents=True))
-    job = Job(
-        inputs.base if is_lora else source,
-        rows,
-        inputs.tokenizer,
-        settling_config(inputs.config),
-        work / "checkpoints",
-        work / "trained",
-        work / "metrics.jsonl",
-        adapter=source if is_lora else None,
-    )
-    run_trainer(job, progress)
-    alone(lambda: finish_plain(job.trained, inputs.base, work / "finished"))
-    return work / "finished"
 
 
 def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> str:
@@ -336,6 +275,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
         settled=run.settled if inputs.settles and read_json(run.settled / PROVENANCE)["settled_on_rows"] else None,
+        left_out=len(_excess(run)),
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)
@@ -372,22 +312,6 @@ def _published(run: RunFolder, inputs: Inputs) -> str:
     if not result.is_dir():
         raise CheckpointError(f"{result}: expected the finished model, found nothing; start anew in another folder")
     return digest_tree(result)
-
-
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-
-    def report(done_bytes: int, total_bytes: int) -> None:
-        progress(done_bytes, total_bytes, what)
-
-    return report
-
-
-def _fresh(folder: Path) -> Path:
-    """Remove what a killed run left; the folder itself is made by whoever fills it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 def _result(run: RunFolder, inputs: Inputs) -> TrainResult:

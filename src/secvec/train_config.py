@@ -12,6 +12,17 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is being done)."""
 
 
+def named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    """Return what tells a listener how far one thing is."""
+    if progress is None:
+        return None
+
+    def report(done: int, total: int) -> None:
+        progress(done, total, what)
+
+    return report
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is fine-tuned.

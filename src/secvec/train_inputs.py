@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec import artifact
 from secvec.companions import model_config
@@ -13,7 +14,8 @@ from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
 from secvec.launch import process_count
-from secvec.models import load_tokenizer, resolve
+from secvec.models import load_model, load_tokenizer, on_device, resolve
+from secvec.probes import Probe
 from secvec.provenance import digest_model, digest_samples, versions
 from secvec.samples import Samples
 from secvec.settle import settles
@@ -50,6 +52,16 @@ class Inputs:
     def unwanted_rows(self) -> list[list[Encoded]]:
         """Return the unwanted rows of each vector as tokens."""
         return [encode_all(samples.rows, self.tokenizer, self.config.max_length) for samples in self.unwanted]
+
+    def aligned(self) -> PreTrainedModel:
+        """Load the aligned model to measure it: float32, on the default device."""
+        return on_device(load_model(self.base, dtype=torch.float32))
+
+    def probes(self, aligned: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> list[Probe]:
+        """Return what the first unwanted rows of each vector cost the aligned model, to measure others by."""
+        return [
+            Probe.of(aligned, rows[:count], vector) for rows, vector in zip(self.unwanted_rows(), vectors, strict=True)
+        ]
 
     def identity(self) -> dict[str, Any]:
         return {
