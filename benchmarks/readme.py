@@ -104,7 +104,7 @@ def stories_table() -> str:
 
 
 def gpu_table() -> str:
-    """Return what was measured on a GPU, by all runs of `python -m benchmarks.gpu`; the last, where there are several."""
+    """Return what was measured on a GPU, by all runs of `python -m benchmarks.gpu`: the last of several."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
     rows = [gpu.Measured(**row) for document in documents for row in document["rows"]]
     latest = {(row.model, row.what, row.context, row.way): row for row in rows if row.seconds is not None}
