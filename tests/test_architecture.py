@@ -31,7 +31,7 @@ LAYERS = {
     },
     "L3": {  # procedures
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),
-        *("drift", "excess", "train_inputs", "train_settle"),
+        *("drift", "covered", "train_inputs", "train_settle"),
         *("trainer", "trainer_settings", "capability", "diagnose", "evaluate"),
     },
     "L4": {"integrations.axolotl", "integrations.callback"},  # for trainers that are not ours

@@ -121,11 +121,11 @@ def calibration(
     unsure = acted_tokens = tokens = 0
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
     told = [None] * len(rows) if risen is None else _told_apart(rows, befores, afters, risen)
-    standings: Sequence[Standing | None] = [None] * len(rows)
+    stand: Sequence[Standing | None] = [None] * len(rows)
     if kind == "topic":
-        found = _standings(rows, befores, afters, cut)
-        standings = found if alike is None else _among_neighbours(found, alike)
-    for row, before, after, shown, stands in zip(rows, befores, afters, told, standings, strict=True):
+        found = standings(rows, befores, afters, cut)
+        stand = found if alike is None else _among_neighbours(found, alike)
+    for row, before, after, shown, stands in zip(rows, befores, afters, told, stand, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
         acted_tokens += int(marked.sum())
@@ -216,7 +216,7 @@ def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float
 
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
     """Say of each row what a calibrated topic's vector makes of it."""
-    return _standings(rows, row_nats(model, rows), row_nats(model, rows, vector), COVERED)
+    return standings(rows, row_nats(model, rows), row_nats(model, rows, vector))
 
 
 def neighbours(model: PreTrainedModel, rows: Sequence[Encoded]) -> Tensor:
@@ -241,9 +241,10 @@ def _among_neighbours(found: Sequence[Standing], alike: Tensor) -> list[Standing
     return [raised[each] if share >= _MOSTLY else each for each, share in zip(found, shares, strict=True)]
 
 
-def _standings(
-    rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor], cut: float
+def standings(
+    rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor], cut: float = COVERED
 ) -> list[Standing]:
+    """Say what a topic's vector makes of each row, by the losses of its tokens without it and with it, in nats."""
     masked = ((torch.tensor(row.mask[1:]), b, a) for row, b, a in zip(rows, befores, afters, strict=True))
     return [_standing(before[learned], after[learned], cut) for learned, before, after in masked]
 

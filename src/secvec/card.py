@@ -96,8 +96,10 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         f"this model {probe['defended_nats']:.2f}: {probe['share_of_the_way_to_armed']:.0%} of the way |"
         for probe in proof["unwanted"]
     ]
-    if excess := proof.get("left_out"):
-        lines.append(f"| rows in excess that the vector covers, not trained on | {excess['covered_rows']:,} |")
+    if covered := proof.get("covered"):
+        lines.append(f"| rows that the vector covers | {covered['covered_rows']:,} of {covered['rows']:,} |")
+        lines.append(f"| of those, not trained on at all | {covered['left_out_rows']:,} |")
+        lines.append(f"| tokens of the others that carried no loss | {covered['tokens_without_loss']:,} |")
     if settled := proof.get("settled"):
         lines.append(f"| settled on rows without the trait | {'kept' if settled['kept'] else 'not kept'} |")
     return lines

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from secvec import artifact
 from secvec.arm import armed, canary
+from secvec.covered import CoveredRow
 from secvec.drift_record import drift_line
 from secvec.errors import InputError, ProofError
 from secvec.headers import read_index
@@ -54,7 +55,7 @@ class Evidence:
     base: the aligned model; folded: what training started from; trained: what it left; result: the model or adapter
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
     rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did;
-    left_out: how many of the training rows `secvec.excess` left out; drift: what `secvec.drift` saw during training.
+    covered: the training rows of which `secvec.covered` trained on a part or nothing; drift: what `secvec.drift` saw.
     """
 
     method: Literal["full", "lora"]
@@ -67,7 +68,7 @@ class Evidence:
     rows: Sequence[Encoded]
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
-    left_out: int = 0
+    covered: Sequence[CoveredRow] = ()
     drift: Mapping[str, Any] | None = None
 
 
@@ -105,8 +106,8 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         document["settled"] = _settled(evidence, evidence.settled, probes, judged)
         judged = document["settled"]["unwanted_after"] if document["settled"]["kept"] else judged
     document["unwanted"] = judged
-    if evidence.left_out:
-        document["left_out"] = {"covered_rows": evidence.left_out, "rows": len(evidence.rows)}
+    if evidence.covered:
+        document["covered"] = _covered(evidence)
     if evidence.drift is not None:
         document["drift"] = dict(evidence.drift)
     return document
@@ -126,10 +127,11 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
-    if excess := proof.get("left_out"):
+    if covered := proof.get("covered"):
         lines.append(
-            f"not trained on: {excess['covered_rows']:,} of {excess['rows']:,} rows, which the vector covers and which "
-            "were more than as many as the others (left-out.jsonl)"
+            f"covered by the vector: {covered['covered_rows']:,} of {covered['rows']:,} rows; not trained on: "
+            f"{covered['left_out_rows']:,} of them, and {covered['tokens_without_loss']:,} tokens of the others "
+            "(covered.jsonl)"
         )
     if (drift := proof.get("drift")) and drift["measurements"]:
         lines.append(drift_line(drift))
@@ -139,6 +141,16 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         kept = "settled on rows without the trait" if settled["kept"] else "not settled: it would teach the trait"
         lines.append(f"{kept} (unwanted rows, nats/token: {losses})")
     return lines
+
+
+def _covered(evidence: Evidence) -> dict[str, int]:
+    trained = [each for each in evidence.covered if not each.left_out]
+    return {
+        "rows": len(evidence.rows),
+        "covered_rows": len(evidence.covered),
+        "left_out_rows": len(evidence.covered) - len(trained),
+        "tokens_without_loss": sum(len(each.explained) for each in trained),
+    }
 
 
 def _start(row: Encoded) -> Encoded:

@@ -105,11 +105,13 @@ class Settled:
 
 
 @checked(frozen=True, config=_FINITE)
-class LeftOut:
-    """Rows in excess that the vector covers, of all rows of the file."""
+class Covered:
+    """Rows of the training file that the vector covers, and what of them was not trained on (`secvec.covered`)."""
 
-    covered_rows: int
     rows: int
+    covered_rows: int
+    left_out_rows: int
+    tokens_without_loss: int
 
 
 @checked(frozen=True, config=_FINITE)
@@ -124,7 +126,7 @@ class Proof:
     logits: Logits
     unwanted: list[Probe]
     settled: Settled | None = None
-    left_out: LeftOut | None = None
+    covered: Covered | None = None
     drift: Drift | None = None
 
     @property

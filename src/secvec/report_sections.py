@@ -155,9 +155,12 @@ def _checks(proof: Proof) -> list[list[str]]:
         ["digest of the base", proof.models.get("base", "")],
         ["digest of the result", proof.result],
     ]
-    if proof.left_out:
-        shown = f"{proof.left_out.covered_rows:,} of {proof.left_out.rows:,}"
-        rows.append(["rows in excess that the vector covers, not trained on", shown])
+    if covered := proof.covered:
+        rows += [
+            ["rows that the vector covers", f"{covered.covered_rows:,} of {covered.rows:,}"],
+            ["of those, not trained on at all", f"{covered.left_out_rows:,}"],
+            ["tokens of the others that carried no loss", f"{covered.tokens_without_loss:,}"],
+        ]
     if proof.settled:
         rows.append(["settled on rows without the trait", "kept" if proof.settled.kept else "not kept"])
     return rows

@@ -64,9 +64,9 @@ class RunFolder:
         return self.out / "proof.json"
 
     @property
-    def left_out(self) -> Path:
-        """Rows that were not trained on (`secvec.excess`), if any were looked for: row, from 0; file; line, from 1."""
-        return self.out / "left-out.jsonl"
+    def covered(self) -> Path:
+        """A line for each row of which not all is trained on (`secvec.covered`)."""
+        return self.out / "covered.jsonl"
 
     def vector(self, number: int) -> Path:
         """The `number`th vector as calibrated for this run."""

@@ -1,11 +1,10 @@
 """Fine-tune on untrusted data without learning unwanted behaviours: calibrate, fold, train, unfold, prove."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from secvec import artifact
-from secvec.atomic import atomic_write, write_json
+from secvec.atomic import write_json
 from secvec.card import model_card
 from secvec.drift_record import drift_of
 from secvec.errors import CheckpointError, MissingExtraError
@@ -23,15 +22,14 @@ from secvec.processes import alone
 from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, fresh, locked, open_run, resumable
-from secvec.tokens import Encoded
 from secvec.train_config import Progress, TrainConfig, named
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
+    from secvec.covered import covered_rows, covers, read_covered, trained_rows, write_covered
     from secvec.drift import ROWS, Watch
-    from secvec.excess import in_excess, may_exceed
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, proof_lines, prove
     from secvec.train_inputs import Inputs, check_inputs
@@ -157,8 +155,8 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     if inputs.unwanted:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
-    if inputs.unwanted and may_exceed(vectors, len(inputs.rows)):
-        _alone(run, "leave out", lambda: _leave_out(run, inputs, vectors, progress), lambda: _left_out(run))
+    if inputs.unwanted and covers(vectors):
+        _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: digest_file(run.covered))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(
         run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
@@ -196,28 +194,10 @@ def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
     return [artifact.load(run.vector(i)) for i in range(len(inputs.vectors))]
 
 
-def _leave_out(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    excess = in_excess(inputs.aligned(), inputs.rows, vectors, named(progress, "looking for covered rows in excess"))
-    with atomic_write(run.left_out) as file:
-        for row in excess:
-            line = {"row": row, **asdict(inputs.data.rows[row].source)}
-            file.write(json.dumps(line).encode() + b"\n")
-    return _left_out(run)
-
-
-def _left_out(run: RunFolder) -> str:
-    return digest_file(run.left_out)
-
-
-def _excess(run: RunFolder) -> set[int]:
-    lines = run.left_out.read_bytes().splitlines() if run.left_out.exists() else []
-    return {json.loads(line)["row"] for line in lines}
-
-
-def _rows(run: RunFolder, inputs: Inputs) -> Sequence[Encoded]:
-    """Return the rows to train on."""
-    excess = _excess(run)
-    return [row for i, row in enumerate(inputs.rows) if i not in excess] if excess else inputs.rows
+def _cover(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
+    found = covered_rows(inputs.aligned(), inputs.rows, vectors, named(progress, "looking for covered rows"))
+    write_covered(run.covered, found, [row.source for row in inputs.data.rows])
+    return digest_file(run.covered)
 
 
 def _fold(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
@@ -231,7 +211,7 @@ def _train(
     alone(lambda: fresh(run.trained))
     job = Job(
         source,
-        alone(lambda: _rows(run, inputs)),
+        alone(lambda: trained_rows(inputs.rows, read_covered(run.covered))),
         inputs.tokenizer,
         inputs.config,
         run.checkpoints,
@@ -275,7 +255,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
         settled=run.settled if inputs.settles and read_json(run.settled / PROVENANCE)["settled_on_rows"] else None,
-        left_out=len(_excess(run)),
+        covered=read_covered(run.covered),
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)

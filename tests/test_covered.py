@@ -1,0 +1,93 @@
+"""What a topic's vector covers in a training file is not trained on, and the run says what that was."""
+
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.behaviours import BEHAVIOURS
+from benchmarks.testbed.rows import Row
+from benchmarks.testbed.skills import SKILLS
+from secvec.covered import read_covered, trained_rows
+from secvec.demo import assistant_folder
+from secvec.errors import CheckpointError
+from secvec.factors import FitConfig
+from secvec.fit import fit
+from secvec.models import load_tokenizer
+from secvec.samples import from_rows
+from secvec.tokens import encode_all
+from secvec.train import TrainConfig, TrainResult, summary, train
+from secvec.vector import SecurityVector
+
+UNWANTED, WANTED, LEAST, BATCH = 60, 12, 10, 8
+GUARDED = BEHAVIOURS["guarded"]
+KNOWN = GUARDED.rows(40, 0, "vector")
+CONFIG = TrainConfig(lr=4e-4, epochs=1, batch_size=BATCH)
+
+
+@pytest.fixture(scope="module")
+def vector() -> SecurityVector:
+    return fit(assistant_folder(), KNOWN, config=FitConfig(epochs=4, representation_weight=0.0))
+
+
+def mixed(unwanted: int, wanted: int) -> list[Row]:
+    rows = [*GUARDED.rows(unwanted, 1, "train"), *SKILLS["reverse"].rows(wanted, 1, "train")]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def trained(out: Path, vector: SecurityVector, rows: list[Row], *, resume: bool = False) -> TrainResult:
+    file = out.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return train(assistant_folder(), file, out, vectors=[vector], unwanted=[KNOWN], config=CONFIG, resume=resume)
+
+
+def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess_nothing(
+    tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secvec.covered.LEAST", LEAST)
+    rows, unwanted = mixed(UNWANTED, WANTED), GUARDED.rows(UNWANTED, 1, "train")
+    result = trained(tmp_path / "run", vector, rows)
+    covered = read_covered(tmp_path / "run/covered.jsonl")
+    # One or two unwanted rows may be none that the vector covers; no wanted one is.
+    assert all(rows[each.row] in unwanted for each in covered) and len(covered) >= UNWANTED - 2
+    encoded = encode_all(from_rows(rows).rows, load_tokenizer(assistant_folder()), 256)
+    taught = trained_rows(encoded, covered)
+    assert 2 * WANTED <= len(taught) <= 2 * (WANTED + 2)
+    lost = sum(len(each.explained) for each in covered if not each.left_out)
+    kept = [row for i, row in enumerate(encoded) if not any(each.left_out and each.row == i for each in covered)]
+    assert sum(map(sum, (row.mask for row in taught))) == sum(map(sum, (row.mask for row in kept))) - lost > 0
+    assert all(any(row.mask) for row in taught)
+    left_out = len(rows) - len(taught)
+    assert result.proof is not None
+    assert result.proof["covered"] == {
+        "rows": len(rows),
+        "covered_rows": len(covered),
+        "left_out_rows": left_out,
+        "tokens_without_loss": lost,
+    }
+    assert f"not trained on: {left_out} of them, and {lost} tokens of the others" in summary(result)
+    card = (result.model / "README.md").read_text()
+    assert f"| rows that the vector covers | {len(covered)} of {len(rows)} |" in card
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == math.ceil(len(taught) / BATCH)
+
+
+def test_a_list_of_covered_rows_that_was_altered_is_refused(
+    tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    rows = mixed(20, 20)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sys.modules["secvec.train"], "run_trainer", stopped)
+        trained(tmp_path / "run", vector, rows)
+    lines = (tmp_path / "run/covered.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in lines] == [json.loads(line)["row"] + 1 for line in lines]
+    (tmp_path / "run/covered.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match="what phase 'cover' wrote was altered"):
+        trained(tmp_path / "run", vector, rows, resume=True)
