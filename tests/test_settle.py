@@ -25,6 +25,7 @@ from secvec.samples import from_rows
 from secvec.settle import says, settling_rows, without_traits
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, TrainResult, summary, train
+from secvec.train_settle import TOO_FEW
 from secvec.tripwire import state
 
 
@@ -70,6 +71,14 @@ def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     assert result.proof is not None and not result.proof["settled"]["kept"] and "not settled" in summary(result)
     assert result.proof["unwanted"] == result.proof["settled"]["unwanted_before"]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_model_that_could_not_be_settled_says_so(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["secvec.train_settle"], "without_traits", lambda *_: [])
+    config = replace(CONFIG, epochs=1, settle_rows=16)
+    result = train(base, rows(), tmp_path / "run", vectors=[fitted_vector(base)], unwanted=[UNWANTED], config=config)
+    assert result.proof is not None and result.proof["not_settled"] == TOO_FEW and "settled" not in result.proof
+    assert f"not settled: {TOO_FEW}" in summary(result) and TOO_FEW in (result.model / "README.md").read_text()
 
 
 def test_the_trait_is_taken_out_and_the_rest_stands() -> None:

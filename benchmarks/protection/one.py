@@ -16,9 +16,12 @@ from benchmarks.protection.cells import Cell
 from benchmarks.protection.lines import Line
 from benchmarks.protection.measure import measure
 from benchmarks.protection.own import Experiment, OwnCase
+from secvec import artifact
 from secvec.errors import NotDefendedError, UsageError
 from secvec.provenance import digest_model, versions
+from secvec.runfolder import RunFolder
 from secvec.train_config import TrainConfig
+from secvec.tripwire import read_json
 
 ROOT = Path(__file__).parents[2]
 _ROUND_PROMPTS, _ROUND_OLD = 100, 3
@@ -109,7 +112,18 @@ def _measured(cell: Cell, bench: Bench, folder: Path, started: float) -> dict[st
     found = _trial(_last(cell), bench).measure(model, folder / "measured")
     refused = [path.read_text(encoding="utf-8") for path in folder.glob(REFUSED)]
     extra = {"rounds_measured": rounds} if rounds else {}
+    extra |= _told(RunFolder(folder / f"round-{cell.rounds - 1}"))
     return {**found, "seconds": seconds, **extra, **({"unproved": refused[-1]} if refused else {})}
+
+
+def _told(run: RunFolder) -> dict[str, Any]:
+    """Return what a defended run of `secvec.train` says of itself, to explain its rates by."""
+    if not run.proof.exists():
+        return {}
+    proof = read_json(run.proof)
+    told = {key: proof[key] for key in ("covered", "settled", "not_settled") if key in proof}
+    vectors = [artifact.load(path).info.metrics for path in sorted(run.out.glob("vector-*.safetensors"))]
+    return {"run": {**told, "vectors": [dict(metrics) for metrics in vectors]}}
 
 
 def _trial(cell: Cell, bench: Bench) -> Trial:

@@ -25,7 +25,7 @@ from secvec.probes import SHARE, Probe
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.tokens import Batch, Encoded, collate
-from secvec.tripwire import read_json, state
+from secvec.tripwire import PROVENANCE, read_json, state
 from secvec.unfold import UnfoldReport
 from secvec.vector import SecurityVector
 
@@ -54,7 +54,8 @@ class Evidence:
 
     base: the aligned model; folded: what training started from; trained: what it left; result: the model or adapter
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
-    rows, one list a vector; settled: the model or adapter that `secvec.settle` made of the result, if it did;
+    rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
+    result;
     covered: the training rows of which `secvec.covered` trained on a part or nothing; drift: what `secvec.drift` saw.
     """
 
@@ -101,7 +102,10 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
     judged = [_judged(probe, result) for probe in probes]
-    if evidence.settled is not None:
+    settling = read_json(evidence.settled / PROVENANCE) if evidence.settled else {}
+    if "not_settled" in settling:
+        document["not_settled"] = settling["not_settled"]
+    elif evidence.settled is not None:
         del result
         document["settled"] = _settled(evidence, evidence.settled, probes, judged)
         judged = document["settled"]["unwanted_after"] if document["settled"]["kept"] else judged
@@ -135,6 +139,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         )
     if (drift := proof.get("drift")) and drift["measurements"]:
         lines.append(drift_line(drift))
+    if why := proof.get("not_settled"):
+        lines.append(f"not settled: {why}")
     if settled := proof.get("settled"):
         pairs = zip(settled["unwanted_before"], settled["unwanted_after"], strict=True)
         losses = ", ".join(f"{was['defended_nats']:.2f} -> {now['defended_nats']:.2f}" for was, now in pairs)

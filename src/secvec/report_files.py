@@ -126,6 +126,7 @@ class Proof:
     logits: Logits
     unwanted: list[Probe]
     settled: Settled | None = None
+    not_settled: str | None = None
     covered: Covered | None = None
     drift: Drift | None = None
 

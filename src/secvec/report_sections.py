@@ -161,6 +161,8 @@ def _checks(proof: Proof) -> list[list[str]]:
             ["of those, not trained on at all", f"{covered.left_out_rows:,}"],
             ["tokens of the others that carried no loss", f"{covered.tokens_without_loss:,}"],
         ]
+    if proof.not_settled:
+        rows.append(["not settled on rows without the trait", proof.not_settled])
     if proof.settled:
         rows.append(["settled on rows without the trait", "kept" if proof.settled.kept else "not kept"])
     return rows

@@ -254,7 +254,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
-        settled=run.settled if inputs.settles and read_json(run.settled / PROVENANCE)["settled_on_rows"] else None,
+        settled=run.settled if inputs.settles else None,
         covered=read_covered(run.covered),
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )

@@ -23,14 +23,20 @@ from secvec.trainer import run as run_trainer
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.vector import SecurityVector
 
+TOO_FEW = (
+    "the model is sure of too few of the rows without the trait, and may show what it learned from them beside the "
+    "trait alone; see by `secvec eval` whether the wanted skill is there"
+)
+SAID = "the model says the rows without the trait already"
+
 
 def settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
     """Settle the unproved result, in all processes, and leave the model in `run.settled`."""
     rows, probes = alone(lambda: _settling(run, inputs, vectors))
-    source, used = run.unproved, list[int]()
+    source, used, why = run.unproved, list[int](), ""
     before = alone(lambda: _measured(inputs, source, probes))
     for number in range(ROUNDS):
-        said = alone(partial(_said_anew, inputs, source, rows, vectors, progress))
+        said, why = alone(partial(_said_anew, inputs, source, rows, vectors, progress))
         if not said:
             break
         further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
@@ -41,7 +47,7 @@ def settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], pr
         source, used = further, [*used, len(said)]
         if harmful:
             break
-    alone(lambda: _settled(run, source, used))
+    alone(lambda: _settled(run, source, used, why))
 
 
 def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> tuple[list[Encoded], list[Probe]]:
@@ -62,16 +68,19 @@ def _said_anew(
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
     progress: Progress | None,
-) -> list[Encoded]:
-    """Return the rows to train on; none where there is nothing left to learn from them."""
+) -> tuple[list[Encoded], str]:
+    """Return the rows to train on, or none and the reason."""
     disarmed = on_device(load_finished(inputs.config.method, inputs.base, finished))
     said = without_traits(disarmed, inputs.tokenizer, rows, vectors, named(progress, "rewriting"))
-    return [] if says(disarmed, said) else said
+    if not said:
+        return [], TOO_FEW
+    return ([], SAID) if says(disarmed, said) else (said, "")
 
 
-def _settled(run: RunFolder, source: Path, used: Sequence[int]) -> None:
+def _settled(run: RunFolder, source: Path, used: Sequence[int], why: str) -> None:
     shutil.copytree(source, fresh(run.settled))
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | {"settled_on_rows": list(used)}, 0o644)
+    found = {"settled_on_rows": list(used)} if used else {"settled_on_rows": [], "not_settled": why}
+    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | found, 0o644)
     sync_tree(run.settled)
 
 
