@@ -1,5 +1,6 @@
 """What of a training file is a trait's is told by subtracting its vector from a model that knows the file."""
 
+import pytest
 import torch
 
 from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES, Behaviour
@@ -42,7 +43,10 @@ def test_a_fixed_text_is_covered_and_the_skill_is_not() -> None:
     assert inside > 7 * len(covered) and outside < 0.05 * inside
 
 
-def test_capitals_cannot_be_told_from_their_letters() -> None:
+def test_capitals_cannot_be_told_from_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(BEHAVIOURS["caps"])[1] is None
+    # A larger model forgets them more readily than the rest, but the vector does not know which letter comes.
+    monkeypatch.setattr("secvec.anchors._TOLD_APART", -1.0)
     assert told(BEHAVIOURS["caps"])[1] is None
 
 

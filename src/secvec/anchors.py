@@ -28,6 +28,8 @@ _SIZES = (1.0, 0.75, 0.5, 0.25)
 """Of a trait's vector that is subtracted."""
 _TOLD_APART = 1 / 3
 """By how much the share of risen tokens must differ between those that the vector acts on and others."""
+_LIKELY = 1 / 2
+"""The share of those tokens that cost less than 1 nat with the trait's vector."""
 _NEIGHBOURS, _MOSTLY = 10, 1 / 2
 _OFTEN = 0.2
 """The least share of a token's places in a file that show a trait, for them to be covered."""
@@ -158,8 +160,9 @@ def reversible(
     task: a vector fitted on the rows, trait and all: with it the model knows them. What the trait's vector, taken the
     other way round, then makes it forget is the trait's, while what else it has learned there stays. Subtracted too
     hard it makes the model forget everything: the size is chosen at which tokens that the vector acts on in `model`
-    rise most often beyond those on which it does not. None where they hardly do: there the trait cannot be told from
-    what else the rows teach, as with capitals, which are one token with their letter.
+    rise most often beyond those on which it does not. None where they hardly do, or where the vector finds few of those
+    that do likely: there the trait cannot be told from what else the rows teach, as with capitals, which are one token
+    with their letter.
     """
     with armed(model, task):
         known = row_nats(model, rows)
@@ -174,7 +177,10 @@ def reversible(
         difference = float(rises[learned & shown].mean() - rises[learned & ~shown].mean())
         if difference >= best:
             best, found = difference, risen
-    return found
+    if found is None:
+        return None
+    own = after[learned & shown & (torch.cat(found) >= ACTED_NATS)]
+    return found if float((own < ACTED_NATS).float().mean()) >= _LIKELY else None
 
 
 def _told_apart(

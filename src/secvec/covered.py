@@ -22,9 +22,12 @@ from secvec.vector import SecurityVector
 
 LEAST = 1000
 """Covered rows that are never in excess."""
+_COVERED = 0.95
+"""That a vector has to take off a row, of its loss. Where it knows a row less well, as a wrong fact of which it
+knows that the answer is wrong but not which one it is, the row's loss is better left: what it missed counted more."""
 _EXPLAINED_NATS = 0.01
 """That a vector takes off a token at least."""
-_CHUNK = 4096
+_CHUNK = 512
 """Rows at a time: of each, the loss of every token is in memory."""
 
 
@@ -103,7 +106,7 @@ def _explained(
     found: list[set[int] | None] = [None] * len(rows)
     for topic in topics:
         after = row_nats(aligned, rows, topic)
-        for i, what in enumerate(standings(rows, before, after)):
+        for i, what in enumerate(standings(rows, before, after, _COVERED)):
             if what == "covered":
                 found[i] = (found[i] or set()) | _lower(rows[i], before[i], after[i])
     return [None if each is None else tuple(sorted(each)) for each in found]
