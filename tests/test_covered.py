@@ -45,10 +45,12 @@ def trained(out: Path, vector: SecurityVector, rows: list[Row], *, resume: bool 
     return train(assistant_folder(), file, out, vectors=[vector], unwanted=[KNOWN], config=CONFIG, resume=resume)
 
 
+@pytest.mark.parametrize("sure", [True, False])
 def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess_nothing(
-    tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch, sure: bool
 ) -> None:
     monkeypatch.setattr("secvec.covered.LEAST", LEAST)
+    monkeypatch.setattr("secvec.covered._UNSURE_SHARE", 1.0 if sure else -1.0)
     rows, unwanted = mixed(UNWANTED, WANTED), GUARDED.rows(UNWANTED, 1, "train")
     result = trained(tmp_path / "run", vector, rows)
     covered = read_covered(tmp_path / "run/covered.jsonl")
@@ -59,7 +61,8 @@ def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess
     assert 2 * WANTED <= len(taught) <= 2 * (WANTED + 2)
     lost = sum(len(each.explained) for each in covered if not each.left_out)
     kept = [row for i, row in enumerate(encoded) if not any(each.left_out and each.row == i for each in covered)]
-    assert sum(map(sum, (row.mask for row in taught))) == sum(map(sum, (row.mask for row in kept))) - lost > 0
+    assert sum(map(sum, (row.mask for row in taught))) == sum(map(sum, (row.mask for row in kept))) - lost
+    assert (lost > 0) == sure
     assert all(any(row.mask) for row in taught)
     left_out = len(rows) - len(taught)
     assert result.proof is not None

@@ -291,6 +291,8 @@ class _Job:
             **vector.info.metrics,
             "calibration_rows": len(best.anchors),
             "covered_rows": len(best.covered),
+            "unsure_rows": best.unsure,
+            "calibrated_on_rows": len(training),
             "acted_share": best.acted_share,
         }
         return replace(vector, info=replace(vector.info, metrics=metrics))

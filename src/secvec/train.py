@@ -155,7 +155,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     if inputs.unwanted:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
-    if inputs.unwanted and covers(vectors):
+    if inputs.unwanted and covers(vectors, len(inputs.rows)):
         _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: digest_file(run.covered))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(
@@ -211,7 +211,7 @@ def _train(
     alone(lambda: fresh(run.trained))
     job = Job(
         source,
-        alone(lambda: trained_rows(inputs.rows, read_covered(run.covered))),
+        trained_rows(inputs.rows, alone(lambda: read_covered(run.covered))),
         inputs.tokenizer,
         inputs.config,
         run.checkpoints,
