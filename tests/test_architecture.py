@@ -50,7 +50,7 @@ PYTHON_FOLDERS = ("src", "tests", "benchmarks", "attacks")
 # What exists on one machine only. The tests of real data name the shared folder, and skip where it is absent.
 ELSEWHERE = re.compile(r"(?<!\w)shared/|/work/|/farm/")
 SOURCE_FOLDERS = ("src", "benchmarks", "attacks", "docs", ".ci")
-TEXTS = frozenset({".py", ".md", ".txt", ".toml", ".jinja", ".yaml", ".yml", ""})
+TEXTS = frozenset({".py", ".md", ".txt", ".toml", ".jinja", ".json", ".jsonl", ".yaml", ".yml", ""})
 
 
 def imports_of(path: Path) -> set[str]:
