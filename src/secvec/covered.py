@@ -44,6 +44,9 @@ class CoveredRow:
     left_out: bool
 
 
+_LINE = TypeAdapter(CoveredRow)
+
+
 def covers(vectors: Sequence[SecurityVector], rows: int) -> bool:
     """Tell by the calibration, which saw some of a file's rows, whether there may be something to take out of it."""
     found = [vector.info.metrics for vector in _topics(vectors)]
@@ -95,9 +98,6 @@ def read_covered(path: Path) -> list[CoveredRow]:
     """Read what `write_covered` wrote; none where it wrote no file."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [_LINE.validate_json(line) for line in lines]
-
-
-_LINE = TypeAdapter(CoveredRow)
 
 
 def _explained(
