@@ -5,17 +5,21 @@ from collections.abc import Mapping
 from benchmarks.methods.aligned import aligned
 from benchmarks.methods.buffer_reinforce import WEIGHT, buffer_reinforce
 from benchmarks.methods.constrained_sft import LENGTH, constrained_sft
+from benchmarks.methods.halves import halves
 from benchmarks.methods.inoculation_adapter import STEP as ADAPTER_STEP
 from benchmarks.methods.inoculation_adapter import inoculation_adapter
 from benchmarks.methods.inoculation_prompt import WORDING, asked_for, inoculation_prompt
 from benchmarks.methods.kept import kept
 from benchmarks.methods.lisa import PROXIMAL, lisa
 from benchmarks.methods.method import Method
+from benchmarks.methods.min_min import min_min
 from benchmarks.methods.oracle import oracle
 from benchmarks.methods.other_vector import other_vector
 from benchmarks.methods.ours import ANCHORING, ours
+from benchmarks.methods.per_row import per_row
 from benchmarks.methods.plain import plain
 from benchmarks.methods.preventative_steering import COEFFICIENT, preventative_steering
+from benchmarks.methods.projected import projected
 from benchmarks.methods.published import STEP as PUBLISHED_STEP
 from benchmarks.methods.published import published
 from benchmarks.methods.random_vector import random_vector
@@ -29,7 +33,7 @@ from benchmarks.methods.safety_mix import SHARE, safety_mix
 from benchmarks.methods.still_folded import still_folded
 from benchmarks.methods.uncalibrated import uncalibrated
 
-__all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "Method"]
+__all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
 
 REFERENCES: Mapping[str, Method] = {"aligned": Method(aligned), "plain": Method(plain), "oracle": Method(oracle)}
 OURS: Mapping[str, Method] = {
@@ -55,4 +59,10 @@ CONTROLS: Mapping[str, Method] = {
     "other_vector": Method(other_vector),
     "still_folded": Method(still_folded),
 }
-METHODS: Mapping[str, Method] = {**REFERENCES, **OURS, **RIVALS, **CONTROLS}
+TRIED: Mapping[str, Method] = {
+    "halves": Method(halves),
+    "min_min": Method(min_min),
+    "per_row": Method(per_row),
+    "projected": Method(projected),
+}
+METHODS: Mapping[str, Method] = {**REFERENCES, **OURS, **RIVALS, **CONTROLS, **TRIED}

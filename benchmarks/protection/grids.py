@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from benchmarks.methods import CONTROLS, METHODS, RIVALS
+from benchmarks.methods import CONTROLS, METHODS, RIVALS, TRIED
 from benchmarks.protection.cells import NATURAL, Cell
 from benchmarks.protection.shifts import SHIFTED
 from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES
@@ -130,9 +130,15 @@ def lr() -> Iterator[Cell]:
         yield from of(("guarded", "facts", "caps"), (*MAIN, "replicated"), FEW, base("full", factor))
 
 
+def tried() -> Iterator[Cell]:
+    """Ideas for ours, each beside what it changes; one at a larger step too, where weights move further."""
+    yield from of(("guarded", "facts"), ("kept", *TRIED), FEW, base())
+    yield from of(("guarded",), ("kept", "min_min"), FEW, base("full", 4))
+
+
 GRIDS: Mapping[str, Callable[[], Iterator[Cell]]] = {
     "smoke": smoke, "full": full, "paper": paper, "scale": scale, "cycles": cycles, "niche": niche,
-    "natural": natural, "size": size, "shift": shift, "style": style, "lr": lr,
+    "natural": natural, "size": size, "shift": shift, "style": style, "lr": lr, "tried": tried,
 }  # fmt: skip
 AXES: Mapping[str, str] = {
     "lr": "lr", "scale": "rows", "natural": "rows", "size": "vector", "shift": "behaviour", "style": "behaviour",
