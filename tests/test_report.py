@@ -13,6 +13,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from models import chat, rows, taught_llama, write_rows
 
+from secvec import artifact
 from secvec.errors import CheckpointError, InputError, MissingExtraError, UsageError
 from secvec.evaluate import EvalConfig, evaluate
 from secvec.factors import FitConfig
@@ -97,6 +98,25 @@ def test_the_verdict_and_every_figure_with_its_file(place: Path, tmp_path: Path)
     assert 'class="missing"' not in page
     assert "BANANAS" not in page + text + json.dumps(document) and "--with-text" in page
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in made.files.values())
+
+
+def test_adapters_are_judged_as_whole_models_are(place: Path, tmp_path: Path) -> None:
+    model, data = place / "aligned", place / "data.jsonl"
+    vector = artifact.load(place / "run" / "vector-0.safetensors")
+    config = TrainConfig(method="lora", lr=1e-2, epochs=8, batch_size=8, max_length=64)
+    train(model, data, tmp_path / "plain", config=config)
+    train(model, data, tmp_path / "run", vectors=[vector], unwanted=[UNWANTED], config=config)
+    suites, asked = [place / "tell.jsonl"], EvalConfig(max_new_tokens=12)
+    evaluate(tmp_path / "run", suites, tmp_path / "eval", baselines=[model, tmp_path / "plain"], config=asked)
+    folders = [tmp_path / name for name in ("run", "plain", "eval")]
+    made = report(folders, tmp_path / "report.html")
+    assert made.verdict.line.startswith("Defended: the proof holds; unwanted rate 0.")
+    assert "base that the result&#39;s adapter names" in made.files["page"].read_text()
+    # The adapter's weights are looked up again.
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    altered = f"NOT defended: {tmp_path / 'run'}: its model was altered since it was published: "
+    assert report(folders, tmp_path / "again.html").verdict.line.startswith(altered)
 
 
 def test_a_report_replaces_an_earlier_one_and_no_other_file(place: Path, tmp_path: Path) -> None:
