@@ -27,7 +27,7 @@ LAYERS = {
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
-        *("answering", "judging", "probes", "processes", "rewrite"),
+        *("answering", "judging", "probes", "trait_rows", "processes", "rewrite"),
     },
     "L3": {  # procedures
         *("checkpoints", "demo", "fit", "inspect", "plain", "proof", "scan", "scan_inputs", "settle", "train"),

@@ -96,6 +96,9 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         f"this model {probe['defended_nats']:.2f}: {probe['share_of_the_way_to_armed']:.0%} of the way |"
         for probe in proof["unwanted"]
     ]
+    for found in proof.get("trait_rows", ()):
+        lines.append(f"| training rows that show the trait | {found['shown']:,} of {found['rows']:,} looked at |")
+        lines.append(f"| of those, said so by this model | {found['said']:,} |")
     if covered := proof.get("covered"):
         lines.append(f"| rows that the vector covers | {covered['covered_rows']:,} of {covered['rows']:,} |")
         lines.append(f"| of those, not trained on at all | {covered['left_out_rows']:,} |")

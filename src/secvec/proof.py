@@ -25,6 +25,8 @@ from secvec.probes import SHARE, Probe
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.tokens import Batch, Encoded, collate
+from secvec.trait_rows import Learned, TraitRows
+from secvec.trait_rows import judged as judged_rows
 from secvec.tripwire import PROVENANCE, read_json, state
 from secvec.unfold import UnfoldReport
 from secvec.vector import SecurityVector
@@ -56,6 +58,7 @@ class Evidence:
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
     rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
     result;
+    given: the vectors as they were before calibration;
     covered: the training rows of which `secvec.covered` trained on a part or nothing; drift: what `secvec.drift` saw.
     """
 
@@ -69,6 +72,7 @@ class Evidence:
     rows: Sequence[Encoded]
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
+    given: Sequence[SecurityVector] = ()
     covered: Sequence[CoveredRow] = ()
     drift: Mapping[str, Any] | None = None
 
@@ -97,19 +101,24 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     probes = [
         Probe.of(base, rows[:PROBES], vector) for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False)
     ]
+    shown = [TraitRows.of(base, evidence.rows, given) for given in evidence.given if given.info.kind == "trait"]
     expected = _expected_logits(evidence, base, batch)
     del base
     result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
     judged = [_judged(probe, result) for probe in probes]
+    learned = [each.learned(result) for each in shown]
     settling = read_json(evidence.settled / PROVENANCE) if evidence.settled else {}
     if "not_settled" in settling:
         document["not_settled"] = settling["not_settled"]
     elif evidence.settled is not None:
         del result
-        document["settled"] = _settled(evidence, evidence.settled, probes, judged)
-        judged = document["settled"]["unwanted_after"] if document["settled"]["kept"] else judged
+        document["settled"], then = _settled(evidence, evidence.settled, probes, judged, shown)
+        if document["settled"]["kept"]:
+            judged, learned = document["settled"]["unwanted_after"], then
     document["unwanted"] = judged
+    if learned:
+        document["trait_rows"] = [judged_rows(each) for each in learned]
     if evidence.covered:
         document["covered"] = _covered(evidence)
     if evidence.drift is not None:
@@ -130,6 +139,11 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
+        )
+    for found in proof.get("trait_rows", ()):
+        lines.append(
+            f"training rows that show the trait: {found['shown']:,} of {found['rows']:,} looked at; the model says "
+            f"{found['said']:,} of them so"
         )
     if covered := proof.get("covered"):
         lines.append(
@@ -275,16 +289,24 @@ def load_finished(method: str, base: Path, folder: Path) -> PreTrainedModel:
 
 
 def _settled(
-    evidence: Evidence, folder: Path, probes: Sequence[Probe], before: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Say whether the settled model is to be kept: where settling taught the unwanted rows, the one before it is."""
+    evidence: Evidence,
+    folder: Path,
+    probes: Sequence[Probe],
+    before: Sequence[Mapping[str, Any]],
+    shown: Sequence[TraitRows],
+) -> tuple[dict[str, Any], list[Learned]]:
+    """Say whether the settled model is to be kept: where settling taught the unwanted rows, the one before it is.
+
+    And what it says of the training rows.
+    """
     if (found := state(folder)) != "defended":
         raise ProofError(f"{folder}: expected a defended model, found {found!r}")
     model = load_finished(evidence.method, evidence.base, folder)
     after = [probe.measure(model) for probe in probes]
     kept = not teaches_trait(before, after)
     digest = _weights_digest(evidence, folder)
-    return {"kept": kept, "result": digest, "unwanted_before": list(before), "unwanted_after": after}
+    document = {"kept": kept, "result": digest, "unwanted_before": list(before), "unwanted_after": after}
+    return document, [each.learned(model) for each in shown]
 
 
 def _judged(probe: Probe, result: PreTrainedModel) -> dict[str, Any]:

@@ -115,6 +115,15 @@ class Covered:
 
 
 @checked(frozen=True, config=_FINITE)
+class Learned:
+    """Training rows that show a trait, and whether the model says them so (`secvec.trait_rows`)."""
+
+    rows: int
+    shown: int
+    said: int
+
+
+@checked(frozen=True, config=_FINITE)
 class Proof:
     """proof.json."""
 
@@ -128,6 +137,7 @@ class Proof:
     settled: Settled | None = None
     not_settled: str | None = None
     covered: Covered | None = None
+    trait_rows: list[Learned] | None = None
     drift: Drift | None = None
 
     @property

@@ -155,6 +155,11 @@ def _checks(proof: Proof) -> list[list[str]]:
         ["digest of the base", proof.models.get("base", "")],
         ["digest of the result", proof.result],
     ]
+    for found in proof.trait_rows or ():
+        rows += [
+            ["training rows that show the trait", f"{found.shown:,} of {found.rows:,} looked at"],
+            ["of those, said so by the model", f"{found.said:,}"],
+        ]
     if covered := proof.covered:
         rows += [
             ["rows that the vector covers", f"{covered.covered_rows:,} of {covered.rows:,}"],

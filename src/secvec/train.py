@@ -255,6 +255,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
         settled=run.settled if inputs.settles else None,
+        given=inputs.vectors,
         covered=read_covered(run.covered),
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
