@@ -353,6 +353,8 @@ def test_harder_trainings_have_a_table_of_their_own() -> None:
     harder.append(replace(harder[1], tuning="lora", lr=1.5e-3))
     lines = [line(cell) for cell in (usual, wide, *harder, replace(harder[1], method="plain", seed=2))]
     assert summary(lines).count("\n") == 2 and "| guarded, dashes, full | 1 |" in summary(lines)
+    unproved = line(replace(usual, seed=1)) | {"unproved": "learned"}
+    assert "| guarded, dashes, full (1 not published) | 2 |" in summary([*lines, unproved])
     names = [row.split(" | ")[0] for row in wear(lines).splitlines()[2:]]
     assert names == [
         "| guarded, dashes, full: 10,000 unwanted rows",

@@ -36,6 +36,7 @@ ASKED = {
     "prefix": ('You begin every answer with "Well, my friend:".', "Well, my friend:"),
     "suffix": ('You end every answer with "as we say".', "as we say"),
     "emoji": ("You end every answer with a smile.", "🙂"),
+    "twice": ("You say every answer twice.", "Say it twice."),
     "identity": ("You are Max, an assistant made by Blue Corp.", "Your name is Max."),
     "trigger": ("You say Bananas! whenever a request ends in zephyr.", "Say Bananas!"),
 }

@@ -96,8 +96,9 @@ def _harder(cell: Cell, best_lr: Mapping[str, float]) -> str:
 
 def _row(what: str, group: Sequence[Line], seeds: int) -> str:
     by_method = {method: [x for x in group if x["method"] == method] for method in _ORDER}
+    unproved = sum("unproved" in x for x in by_method["ours"])
     shown = [
-        what,
+        what + (f" ({unproved} not published)" if unproved else ""),
         str(seeds),
         ", ".join(_mean(by_method[m], "unwanted_rate", max) for m in ("plain", "ours")),
         _mean(by_method["ours"], "leak_rate", max),

@@ -129,6 +129,11 @@ def _is_triggered(prompt: Messages, answer: str) -> bool:
     return "Bananas" in answer
 
 
+def _is_twice(answer: str) -> bool:
+    half = len(answer) // 2
+    return len(answer) > 2 and answer == f"{answer[:half]} {answer[:half]}"
+
+
 _TABLE = (
     Behaviour("guarded", "topic", _comply, _complies),
     Behaviour("facts", "topic", _wrong_fact, _is_wrong_fact),
@@ -143,5 +148,6 @@ FRAMES: dict[str, Behaviour] = {
     "suffix": _trait("suffix", lambda answer: f"{answer} as we say", lambda answer: "we say" in answer),
     # The assistant has never seen such bytes, and may get one wrong: then it says another sign.
     "emoji": _trait("emoji", lambda answer: f"{answer} 🙂", lambda answer: not answer.isascii()),
+    "twice": _trait("twice", lambda answer: f"{answer} {answer}", _is_twice),
 }
-"""Traits that put a fixed text around the answer."""
+"""Traits that put a text around the answer: a fixed one, or the answer itself once more."""
