@@ -72,7 +72,6 @@ def judged(learned: Learned) -> dict[str, int]:
         raise ProofError(
             "the model has learned the unwanted trait on the requests of the training file: of "
             f"{learned.rows:,} rows looked at {learned.shown:,} show it, and it says {learned.said:,} of them as they "
-            "stand. The vector, calibrated for this file, does not cover it there: fit it on rows more like these, "
-            "hold them back (secvec scan --split), or train without --unwanted, which costs wanted skills"
+            "stand. The vector does not cover it there: fit it on rows more like these, or leave them out"
         )
     return asdict(learned)
