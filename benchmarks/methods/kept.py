@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.methods.fitted import calibrated
 from benchmarks.methods.runs import folded
 from benchmarks.methods.setting import Setting
 from secvec import artifact
-from secvec.fit import fit
 from secvec.provenance import digest_model
-from secvec.vector import SecurityVector
 
 
 def kept(setting: Setting) -> Path:
@@ -18,16 +17,9 @@ def kept(setting: Setting) -> Path:
     which it was not fitted on: `secvec.train` would refuse that, for the question here is how soon it wears out.
     """
     paths = [setting.out.with_name(f"kept-{each.name}.safetensors") for each in setting.unwanted]
-    vectors = [artifact.load(path) for path in paths if path.exists()] or _fitted(setting)
+    vectors = [artifact.load(path) for path in paths if path.exists()] or calibrated(setting)
     for vector, path in zip(vectors, paths, strict=True):
         if not path.exists():
             artifact.save(vector, path)
     base = digest_model(setting.model)
     return folded(setting, [replace(vector, info=replace(vector.info, base=base)) for vector in vectors])
-
-
-def _fitted(setting: Setting) -> list[SecurityVector]:
-    return [
-        fit(setting.model, each.rows, kind=each.kind, calibrate=setting.training, config=setting.fit, allow_weak=True)
-        for each in setting.unwanted
-    ]

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.methods.fitted import calibrated
 from benchmarks.methods.runs import folded
 from benchmarks.methods.setting import Setting
-from secvec.fit import fit
 from secvec.provenance import digest_model
 from secvec.vector import SecurityVector
 
@@ -28,8 +28,4 @@ def min_min(setting: Setting) -> Path:
 def _fitted(setting: Setting, model: Path) -> list[SecurityVector]:
     """Fit on a model what is then used on the aligned one."""
     base = digest_model(setting.model)
-    vectors = [
-        fit(model, each.rows, kind=each.kind, calibrate=setting.training, config=setting.fit, allow_weak=True)
-        for each in setting.unwanted
-    ]
-    return [replace(vector, info=replace(vector.info, base=base)) for vector in vectors]
+    return [replace(vector, info=replace(vector.info, base=base)) for vector in calibrated(setting, model)]

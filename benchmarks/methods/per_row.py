@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.methods.fitted import calibrated
 from benchmarks.methods.loop import epochs, fine_tune, finish, on_device, trainee
 from benchmarks.methods.runs import encoded
 from benchmarks.methods.setting import Setting
 from secvec.arm import live
 from secvec.covered import covered_rows
-from secvec.fit import fit
 from secvec.losses import mean_nats
 from secvec.sites import site_modules
 from secvec.tokens import Batch
@@ -21,10 +21,7 @@ from secvec.vector import SecurityVector
 
 def per_row(setting: Setting) -> Path:
     """Calibrate as ours does, then arm row by row. Every token carries loss, full fine-tuning."""
-    vectors = [
-        fit(setting.model, each.rows, kind=each.kind, calibrate=setting.training, config=setting.fit, allow_weak=True)
-        for each in setting.unwanted
-    ]
+    vectors = calibrated(setting)
     rows = encoded(setting, setting.training)
     covered = {rows[each.row].ids for each in covered_rows(on_device(setting.model), rows, vectors)}
     model = trainee(setting)

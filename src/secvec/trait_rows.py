@@ -20,7 +20,7 @@ from secvec.vector import SecurityVector
 _ROWS = 256
 _LIKELY_NATS = 1.0
 _SAID_NATS = math.log(2)
-"""A token that costs less is the likeliest one."""
+"""A token that costs less is likelier than all others together."""
 _LEAST, _LEAST_SHARE = 20, 0.2
 """The rows that have to show a trait to judge a model by; a vector makes tokens of some others likely by chance."""
 _LEARNED = 1 / 2
