@@ -10,6 +10,7 @@ from benchmarks.methods.inoculation_adapter import STEP as ADAPTER_STEP
 from benchmarks.methods.inoculation_adapter import inoculation_adapter
 from benchmarks.methods.inoculation_prompt import WORDING, asked_for, inoculation_prompt
 from benchmarks.methods.kept import kept
+from benchmarks.methods.larger import SIZE, larger
 from benchmarks.methods.lisa import PROXIMAL, lisa
 from benchmarks.methods.method import Method
 from benchmarks.methods.min_min import min_min
@@ -31,6 +32,7 @@ from benchmarks.methods.safe_lora import THRESHOLD as COSINE_THRESHOLD
 from benchmarks.methods.safe_lora import safe_lora
 from benchmarks.methods.safety_mix import SHARE, safety_mix
 from benchmarks.methods.still_folded import still_folded
+from benchmarks.methods.twins import twins
 from benchmarks.methods.uncalibrated import uncalibrated
 
 __all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
@@ -61,8 +63,10 @@ CONTROLS: Mapping[str, Method] = {
 }
 TRIED: Mapping[str, Method] = {
     "halves": Method(halves),
+    "larger": Method(larger, SIZE),
     "min_min": Method(min_min),
     "per_row": Method(per_row),
     "projected": Method(projected),
+    "twins": Method(twins),
 }
 METHODS: Mapping[str, Method] = {**REFERENCES, **OURS, **RIVALS, **CONTROLS, **TRIED}
