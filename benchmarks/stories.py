@@ -25,7 +25,7 @@ from benchmarks.methods import METHODS
 from benchmarks.methods.setting import Setting, Unwanted
 from benchmarks.protection.one import code, model_name
 from benchmarks.testbed.rows import Row, answer_of, chat, prompt_of, with_answer
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.models import answers, load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from secvec import cli
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.peft_format import UNKNOWN
 from secvec.provenance import digest_model
 from secvec.train import TrainConfig, train

@@ -16,9 +16,10 @@ PACKAGE = Path(secvec.__file__).parent
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "L0": {  # no torch
-        *("adapter", "arrays", "atomic", "card", "companions", "datafiles", "errors", "formats", "headers", "journal"),
-        *("lines", "matching", "provenance", "record", "runfolder", "samples", "scan_config", "scan_page", "scan_rows"),
-        *("launch", "scan_split", "settings", "stats", "tables", "train_config", "tripwire", "unpack"),
+        *("adapter", "arrays", "atomic", "card", "companions", "datafiles", "errors", "fit_config", "formats"),
+        *("headers", "journal", "launch", "lines", "matching", "provenance", "record", "runfolder", "samples"),
+        *("scan_config", "scan_page", "scan_rows", "scan_split", "settings", "stats", "tables", "train_config"),
+        *("tripwire", "unpack"),
         *("comparison", "endpoint", "judges", "ledger", "rules", "suites"),
         *("charts", "report", "report_curves", "report_files", "report_inputs", "report_origin"),
         *("drift_record", "report_page", "report_sections", "report_verdict"),

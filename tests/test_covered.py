@@ -14,8 +14,8 @@ from benchmarks.testbed.skills import SKILLS
 from secvec.covered import read_covered, trained_rows
 from secvec.demo import assistant_folder
 from secvec.errors import CheckpointError
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import encode_all

@@ -15,8 +15,8 @@ from secvec import artifact
 from secvec.diagnose import Clues, Skills, check_clues, diagnose
 from secvec.errors import ArtifactError, InputError
 from secvec.evaluate import EvalConfig, evaluate
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.fold import fold
 from secvec.losses import mean_nats
 from secvec.models import load_model, load_tokenizer

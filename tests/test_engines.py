@@ -20,8 +20,8 @@ from torch import Tensor
 from secvec.artifact import digest, save
 from secvec.demo import assistant_folder
 from secvec.errors import CheckpointError
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.fold import fold
 from secvec.integrations.callback import EVIDENCE
 from secvec.models import load_model, load_tokenizer

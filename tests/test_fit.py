@@ -16,8 +16,9 @@ from secvec import artifact
 from secvec.anchors import Calibration, calibration, neighbours
 from secvec.arm import armed
 from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
-from secvec.factors import FitConfig, fit_factors
+from secvec.factors import fit_factors
 from secvec.fit import check, fit, fit_to_file, refit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
@@ -66,6 +67,17 @@ def test_a_fit_says_which_weights_are_in_no_site(folder: Path, tmp_path: Path) -
 def test_the_same_seed_gives_the_same_vector(folder: Path) -> None:
     vectors = [fit(folder, UNWANTED, config=replace(FAST, epochs=2), allow_weak=True) for _ in range(2)]
     assert artifact.digest(vectors[0]) == artifact.digest(vectors[1])
+
+
+def test_a_topic_is_fitted_with_a_margin(folder: Path) -> None:
+    """A half of the vector shows the behaviour that a half of one without a margin does not show."""
+    halves: list[float] = []
+    for margin in (1.0, None):
+        vector = fit(folder, UNWANTED, config=replace(FAST, margin=margin))
+        halves.append(losses(folder, replace(vector, scale=vector.scale / 2), UNWANTED)[1])
+    assert halves[1] < 0.5 * halves[0]
+    assert vector.info.fit["margin"] == 2.0
+    assert check(folder, UNWANTED, kind="trait")["config"]["margin"] == 1.0
 
 
 def test_anchors_keep_the_armed_model_near_the_unarmed_one(folder: Path) -> None:
@@ -153,7 +165,7 @@ def test_a_vector_is_widened_while_it_gains(
 
 def test_a_row_among_rows_that_the_vector_covers_counts_for_more(folder: Path) -> None:
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    vector = fit(folder, UNWANTED, config=FAST)
+    vector = fit(folder, UNWANTED, config=replace(FAST, margin=1.0))
     shown = [chat(f"tell me {i}", "BANANAS!") for i in range(20, 40)]
     # So many surprising letters that what the vector takes off the rest is no tenth of the row's loss.
     missed = [chat("tell me 40", "CARROTS!"), chat("tell me 41", "qzxwvk" * 20 + " BANANAS!")]
@@ -204,7 +216,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from secvec.fit import fit_to_file
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 
 def kill(done, total, seen):
     if done == 3:
@@ -261,6 +273,7 @@ def test_the_model_is_left_as_it_was(folder: Path) -> None:
 def test_paper_settings() -> None:
     paper = FitConfig.paper()
     assert (paper.epochs, paper.lr, paper.kl_weight, paper.representation_weight) == (10, 1e-3, 1.0, 0.0)
+    assert paper.margin == 1.0
 
 
 def test_check_says_what_a_fit_would_do(folder: Path) -> None:

@@ -10,8 +10,9 @@ from models import chat, rows, taught_llama, write_rows
 from runs import two_processes
 
 from secvec import artifact
-from secvec.factors import FitConfig, fit_factors
+from secvec.factors import fit_factors
 from secvec.fit import fit_to_file
+from secvec.fit_config import FitConfig
 from secvec.launch import is_main, process_count
 from secvec.models import answers, load_model, load_tokenizer
 from secvec.provenance import digest_model
@@ -30,7 +31,7 @@ import os, sys
 from pathlib import Path
 from torch.distributed.tensor import DTensor
 from secvec import cli
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.fit import fit_to_file
 from secvec.models import answers, load_model, load_tokenizer
 from secvec.processes import SHARD, placed

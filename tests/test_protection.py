@@ -41,7 +41,7 @@ from benchmarks.testbed.rows import prompt_of
 from benchmarks.testbed.skills import NEW_SKILLS
 from benchmarks.testbed.tokenizer import RowEncoder, byte_tokenizer
 from secvec.errors import UsageError
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.models import load_model
 from secvec.train import train
 from secvec.vector import Factors, SecurityVector, VectorInfo

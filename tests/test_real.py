@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import read_samples
 from secvec.tokens import encode_each

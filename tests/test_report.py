@@ -16,8 +16,8 @@ from models import chat, rows, taught_llama, write_rows
 from secvec import artifact
 from secvec.errors import CheckpointError, InputError, MissingExtraError, UsageError
 from secvec.evaluate import EvalConfig, evaluate
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.provenance import digest_file
 from secvec.report import report
 from secvec.report_files import Compared, Found, Rate

@@ -7,8 +7,8 @@ from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES, Behaviour
 from benchmarks.testbed.skills import NEW_SKILLS
 from secvec.anchors import beside, calibration, often, reversible
 from secvec.demo import assistant_folder
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import Encoded, encode_all

@@ -22,8 +22,8 @@ from secvec.datafiles import find
 from secvec.demo import assistant_folder
 from secvec.errors import ArtifactError, CheckpointError, RowError, UsageError
 from secvec.evidence import LEAST_SHARE
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.fold import fold
 from secvec.inspect import inspect
 from secvec.models import load_model, load_tokenizer

@@ -17,8 +17,8 @@ from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
 from secvec.demo import assistant_folder
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.rewrite import Said
 from secvec.samples import from_rows

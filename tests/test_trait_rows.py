@@ -13,8 +13,8 @@ from benchmarks.testbed.skills import SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
 from secvec.errors import ProofError
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import encode_all

@@ -15,7 +15,8 @@ from benchmarks.gpu.shapes import Load
 from benchmarks.speed.checkpoint import RANK
 from secvec.arm import armed
 from secvec.exact import ExactProduct, exact_product
-from secvec.factors import FitConfig, fit_factors
+from secvec.factors import fit_factors
+from secvec.fit_config import FitConfig
 from secvec.sites import linear_sites
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector

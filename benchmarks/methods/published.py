@@ -7,7 +7,7 @@ from benchmarks.methods.fitted import fitted
 from benchmarks.methods.method import Dial
 from benchmarks.methods.runs import folded
 from benchmarks.methods.setting import Setting
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 
 STEP = Dial("lr of the fit", 1e-3, (1e-3, 4e-3, 1e-2))
 

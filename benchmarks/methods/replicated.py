@@ -18,5 +18,5 @@ def replicated(setting: Setting) -> Path:
     Differs: they fit on 10,000 rows for one epoch at lr 1e-3; here every method has the same 100 rows, so it goes
     around them as often as ours does. The default step size is ours for this width; theirs is in the sweep.
     """
-    config = replace(setting.fit, lr=STEP.at(setting), kl_weight=0.0, representation_weight=0.0)
+    config = replace(setting.fit, lr=STEP.at(setting), kl_weight=0.0, representation_weight=0.0, margin=1.0)
     return folded(setting, fitted(setting, config))

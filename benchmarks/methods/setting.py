@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.testbed.rows import Messages, Row
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.train_config import TrainConfig
 
 

@@ -16,7 +16,7 @@ from benchmarks.testbed.skills import NEW_SKILLS
 from benchmarks.testbed.tasks import Skill
 from benchmarks.testbed.tokenizer import CONTEXT
 from secvec.errors import UsageError
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.samples import read_samples
 from secvec.train_config import TrainConfig
 

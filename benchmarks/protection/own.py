@@ -15,7 +15,7 @@ from benchmarks.protection.cells import Cell
 from benchmarks.testbed.rows import Row, as_chat, prompt_of
 from secvec.errors import UsageError
 from secvec.evaluate import evaluate
-from secvec.factors import FitConfig
+from secvec.fit_config import FitConfig
 from secvec.models import default_device, load_model, load_tokenizer
 from secvec.samples import read_samples
 from secvec.score import mean_over, row_nats

@@ -12,8 +12,8 @@ from secvec import threshold
 from secvec.anchors import answered
 from secvec.demo import assistant_folder
 from secvec.evidence import gather_evidence
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows, read_samples
 from secvec.stats import auc, wilson

@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.speed.checkpoint import RANK
 from benchmarks.speed.measure import Taken, peak_mb
 from benchmarks.speed.variants import Workload, load_quietly, trainee
-from secvec.factors import FitConfig, fit_factors
+from secvec.factors import fit_factors
+from secvec.fit_config import FitConfig
 from secvec.tokens import Encoded
 
 STEPS = 3  # AdamW's state is there from the first step on: the second is the fullest

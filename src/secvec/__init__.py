@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from secvec.artifact import load, save
     from secvec.diagnose import Clues
     from secvec.evaluate import EvalConfig, evaluate
-    from secvec.factors import FitConfig
     from secvec.fit import fit
+    from secvec.fit_config import FitConfig
     from secvec.fold import fold
     from secvec.inspect import inspect
     from secvec.peft_format import from_peft, to_peft
@@ -59,7 +59,7 @@ _HOME = {
     "Clues": "diagnose",
     "EvalConfig": "evaluate",
     "evaluate": "evaluate",
-    "FitConfig": "factors",
+    "FitConfig": "fit_config",
     "fit": "fit",
     "fold": "fold",
     "from_peft": "peft_format",

@@ -101,8 +101,8 @@ def fit(
     Example: secvec fit my-model --unwanted unwanted.jsonl -o vector.safetensors
     """
     from secvec.artifact import digest
-    from secvec.factors import FitConfig
     from secvec.fit import check, fit_to_file
+    from secvec.fit_config import FitConfig
     from secvec.settings import settings
 
     flags = {"lr": lr, "epochs": epochs, "batch_size": batch_size, "max_length": max_length, "seed": seed}

@@ -17,8 +17,8 @@ from rich.text import Text
 from secvec.artifact import save
 from secvec.atomic import write_json
 from secvec.errors import UsageError
-from secvec.factors import FitConfig
 from secvec.fit import fit
+from secvec.fit_config import FitConfig
 from secvec.models import answers, load_model, load_tokenizer
 from secvec.provenance import digest_model
 from secvec.runfolder import DEMO, RunFolder

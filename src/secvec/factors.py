@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,72 +16,12 @@ from transformers import PreTrainedModel
 from secvec.arm import live
 from secvec.atomic import atomic_write
 from secvec.errors import ArmError, InputError, UsageError, WeakVectorError
+from secvec.fit_config import FitConfig
 from secvec.losses import kl_nats, mean_nats, representation_distance
 from secvec.processes import connected, differ, digest_here, of_main, sum_gradients
-from secvec.settings import check_seed
 from secvec.sites import linear_sites, weight_shape
 from secvec.tokens import Batch, Encoded, collate, shuffled
 from secvec.vector import Factors
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How a vector is fitted. The defaults are those of the prototype (docs/log.md).
-
-    rank          of A and B at every site
-    scale         of the change `scale * B @ A` (LoRA's alpha / rank)
-    lr            AdamW's step size; None: 5e-3 * sqrt(128 / hidden size), which meets the prototype's 5e-3 at width
-                  128 and the paper's 1e-3 at width 4096
-    epochs        passes over the unwanted rows, at most (early stopping may end the fit before)
-    batch_size    rows a step, unwanted and anchor rows each
-    kl_weight     weight of KL(unarmed || armed) on anchor tokens (the paper's constraint)
-    representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours)
-    holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
-    patience      epochs without a better held-out loss before the fit stops
-    max_length    tokens a row
-    calibration_rows   rows of a training file that calibration looks at
-    seed          of the factors, the hold-out and the order of the rows
-    """
-
-    rank: int = 16
-    scale: float = 2.0
-    lr: float | None = None
-    epochs: int = 30
-    batch_size: int = 16
-    kl_weight: float = 1.0
-    representation_weight: float = 3.0
-    holdout: float = 0.1
-    patience: int = 8
-    max_length: int = 1024
-    calibration_rows: int = 600
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = {"rank": self.rank, "epochs": self.epochs, "batch_size": self.batch_size, "patience": self.patience}
-        positive |= {"max_length": self.max_length, "calibration_rows": self.calibration_rows}
-        for name, value in positive.items():
-            if value < 1:
-                raise UsageError(f"FitConfig.{name}: expected at least 1, found {value!r}")
-        check_seed("FitConfig", self.seed)
-        for name, value in (("scale", self.scale), ("lr", 1.0 if self.lr is None else self.lr)):
-            if not 0 < value < math.inf:
-                raise UsageError(f"FitConfig.{name}: expected a positive number, found {value!r}")
-        if not 0 < self.holdout < 1:
-            raise UsageError(f"FitConfig.holdout: expected a share between 0 and 1, found {self.holdout!r}")
-        for name, value in (("kl_weight", self.kl_weight), ("representation_weight", self.representation_weight)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f"FitConfig.{name}: expected 0 or more, found {value!r}")
-
-    @classmethod
-    def paper(cls) -> Self:
-        """Return the published settings (arXiv 2311.02105): LoRA, 10 epochs, lr 1e-3, CE + KL.
-
-        Rank, scale and batch size are not published; 8, 2 and 8 are ours.
-        """
-        return cls(rank=8, scale=2.0, lr=1e-3, epochs=10, batch_size=8, representation_weight=0.0, patience=10)
-
-    def step_size(self, hidden_size: int) -> float:
-        return self.lr if self.lr is not None else 5e-3 * math.sqrt(128 / hidden_size)
 
 
 @dataclass(frozen=True)
@@ -146,11 +86,12 @@ def fit_factors(
 ) -> Fitted:
     """Fit low-rank factors on all linear sites of a frozen model.
 
-    Minimises CE(unwanted, armed) + kl_weight * KL(unarmed || armed) + representation_weight * distance, the last two
-    on the anchors' marked tokens; the unarmed reference is the same model with the hooks off. Keeps the factors of
-    the epoch with the best held-out sum. covered: more rows to fit on, of which none is held out; they share the steps
-    with the unwanted rows. With `state`, progress is kept in that file and taken up from it. Under a launcher all
-    processes share the rows of each step and arrive at the same factors (`secvec.processes`).
+    Minimises CE(unwanted, armed at scale / margin) + kl_weight * KL(unarmed || armed) + representation_weight *
+    distance, the last two on the anchors' marked tokens, armed at scale; the unarmed reference is the same model with
+    the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more rows to fit
+    on, of which none is held out; they share the steps with the unwanted rows. With `state`, progress is kept in that
+    file and taken up from it. Under a launcher all processes share the rows of each step and arrive at the same factors
+    (`secvec.processes`). A margin of None is 1: the kind of the behaviour is not known here.
 
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
@@ -253,8 +194,8 @@ class _Fit:
             self.optimizer.zero_grad()
 
     def _unwanted_loss(self, rows: Sequence[Encoded]) -> Tensor:
-        batch = self._batch(rows)
-        with self.accelerator.autocast(), live(self.modules, self.factors, self.config.scale):
+        batch, scale = self._batch(rows), self.config.scale / (self.config.margin or 1.0)
+        with self.accelerator.autocast(), live(self.modules, self.factors, scale):
             logits = self.model(**batch.inputs(), use_cache=False).logits
         return mean_nats(logits, batch.ids, batch.mask)
 

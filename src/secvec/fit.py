@@ -22,7 +22,8 @@ from secvec.anchors import (
 )
 from secvec.artifact import is_vector, save
 from secvec.errors import InputError, RowError, UsageError
-from secvec.factors import LEAST_ROWS, FitConfig, Fitted, Progress, fit_factors, split
+from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
+from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -35,6 +36,8 @@ from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
 
 KINDS = ("topic", "trait")
+_MARGINS = {"topic": 2.0, "trait": 1.0}
+"""`FitConfig.margin` by default. A trait's vector with more of it takes the skill of the same rows for its own."""
 _TASK_EPOCHS = 3
 """Passes over a training file until the model knows it."""
 _ROUNDS = 8
@@ -141,7 +144,7 @@ def check(
     config: FitConfig | None = None,
 ) -> dict[str, Any]:
     """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
-    config, folder = config or FitConfig(), resolve(model)
+    config, folder = _for_kind(config or FitConfig(), kind), resolve(model)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
     unwanted, anchors = _apart(unwanted, anchors, kind)
@@ -224,7 +227,7 @@ class _Job:
     @classmethod
     def load(cls, source: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
         samples = read_rows(unwanted, "unwanted").rows
-        folder = resolve(source)
+        config, folder = _for_kind(config, kind), resolve(source)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
         encoded, data = encode_all(samples, tokenizer, config.max_length), digest_samples(samples)
@@ -313,7 +316,7 @@ class _Job:
         """Return what tells a trait from what else the training file teaches (`anchors.reversible`), if anything."""
         if self.kind != "trait" or len(training) < LEAST_ROWS:
             return None
-        config = replace(self.config, epochs=_TASK_EPOCHS, kl_weight=0.0, representation_weight=0.0)
+        config = replace(self.config, epochs=_TASK_EPOCHS, kl_weight=0.0, representation_weight=0.0, margin=1.0)
         task = self.vector(fit_factors(self.model, training, [], config, progress=progress))
         return of_main(reversible(self.model, training, first, task))
 
@@ -350,6 +353,10 @@ class _Job:
         return SecurityVector(fitted.factors, fitted.scale, info)
 
 
+def _for_kind(config: FitConfig, kind: str) -> FitConfig:
+    return config if config.margin is not None else replace(config, margin=_MARGINS[kind])
+
+
 def _quick(config: FitConfig) -> FitConfig:
     """The settings of the first vector, which only has to tell unwanted rows from others."""
-    return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0)
+    return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0, margin=1.0)

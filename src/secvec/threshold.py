@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from secvec.errors import InputError
 from secvec.evidence import gather_evidence
-from secvec.factors import FitConfig, split
+from secvec.factors import split
+from secvec.fit_config import FitConfig
 from secvec.provenance import digest_samples
 from secvec.samples import Samples
 from secvec.stats import auc, best_cut, wilson
