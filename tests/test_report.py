@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     model = taught_llama(place / "aligned")
     data = write_rows(place / "data.jsonl", [*rows(24), *UNWANTED])
-    vector = fit(model, UNWANTED, config=FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2))
+    vector = fit(model, UNWANTED, config=FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2, margin=1.0))
     config = TrainConfig(lr=1e-3, epochs=8, batch_size=8, max_length=64)
     train(model, data, place / "plain", config=config)
     train(model, data, place / "run", vectors=[vector], unwanted=[UNWANTED], config=config)
