@@ -149,6 +149,7 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (2, "secvec: FitConfig.max_length: expected", ["fit", model, "--unwanted", data, "--max-length", "-5"]),
         (2, "secvec: FitConfig.lr: expected", ["fit", model, "--unwanted", data, "--lr", "inf"]),
         (2, "secvec: FitConfig.scale: expected", ["fit", model, "--unwanted", data, "--set", "scale=.nan"]),
+        (2, "secvec: FitConfig.margin: expected", ["fit", model, "--unwanted", data, "--set", "margin=0"]),
         (2, "secvec: FitConfig.kl_weight: expected", ["fit", model, "--unwanted", data, "--set", "kl_weight=.inf"]),
         (2, "as many files of unwanted rows as vectors", ["train", model, "--data", data, "--unwanted", data]),
         (2, "secvec: after --data: expected a value", ["train", model, "--data", ""]),
