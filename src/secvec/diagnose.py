@@ -30,7 +30,8 @@ from secvec.tokens import Encoded, collate, encode_all
 from secvec.tripwire import PROVENANCE, read_json, read_tripwire, state
 from secvec.vector import SecurityVector
 
-# A vector that `fit` made lies well below these, one without anchors far above (docs/suites.md).
+# Of the bundled assistant, vectors that `fit` made lie well below these, those without anchors far above; of a smaller
+# model some that were fitted with a margin lie above (docs/suites.md).
 _LEAK_KL_NATS, _LEAK_DISTANCE = 0.05, 0.01
 _LEAK_SKILL, _LEAK_P = 0.05, 0.05
 _LEFT_SHARE = 0.5

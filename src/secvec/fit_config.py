@@ -50,8 +50,7 @@ class FitConfig:
             if value < 1:
                 raise UsageError(f"FitConfig.{name}: expected at least 1, found {value!r}")
         check_seed("FitConfig", self.seed)
-        for name in ("scale", "lr", "margin"):
-            value = getattr(self, name)
+        for name, value in (("scale", self.scale), ("lr", self.lr), ("margin", self.margin)):
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"FitConfig.{name}: expected a positive number, found {value!r}")
         if not 0 < self.holdout < 1:
