@@ -24,6 +24,7 @@ from secvec.tokens import (
     encode_all,
     encode_each,
     encode_prompt,
+    mixed_batches,
     pad_id,
     shuffled,
 )
@@ -337,9 +338,25 @@ def test_batches() -> None:
     assert torch.equal(batch.attention.bool(), batch.ids != 9)
     assert batch.mask.sum(1).tolist() == [1, 4, 2] and not batch.mask[:, 0].any()
     assert list(by_length(rows, 2)) == [[1, 2], [0]]
-    one, same, other = ([row.ids for part in shuffled(rows * 9, 4, seed) for row in part] for seed in ("a", "a", "b"))
+    one, same, other = ([row.ids for row in shuffled(rows * 9, seed)] for seed in ("a", "a", "b"))
     assert one == same != other and sorted(one) == sorted(row.ids for row in rows * 9)
     assert pad_id(byte_tokenizer()) == 0
+
+
+def test_batches_of_like_length_hold_every_row_once_and_little_padding() -> None:
+    rows = [Encoded((i,) * (2 + i * i % 97), (False,) + (True,) * (1 + i * i % 97)) for i in range(203)]
+
+    def padding(batches: list[list[Encoded]]) -> int:
+        return sum(collate(batch, pad_id=0).ids.numel() for batch in batches) - sum(len(row.ids) for row in rows)
+
+    one, same, other = (mixed_batches(rows, 8, seed) for seed in ("a", "a", "b"))
+    assert one == same != other
+    assert sorted(map(len, one)) == [3] + [8] * 25
+    assert sorted(row.ids for batch in one for row in batch) == sorted(row.ids for row in rows)
+    mixed = shuffled(rows, "a")
+    assert padding(one) < 0.4 * padding([mixed[i : i + 8] for i in range(0, 203, 8)])
+    lengths = [max(len(row.ids) for row in batch) for batch in one]
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
 
 
 @needs_shared

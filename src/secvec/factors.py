@@ -1,7 +1,6 @@
 """The fitting loop: train low-rank factors on a frozen model until it shows the unwanted behaviour."""
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from secvec.fit_config import FitConfig
 from secvec.losses import kl_nats, mean_nats, representation_distance
 from secvec.processes import connected, differ, digest_here, of_main, sum_gradients
 from secvec.sites import linear_sites, weight_shape
-from secvec.tokens import Batch, Encoded, collate, shuffled
+from secvec.tokens import Batch, Encoded, collate, mixed_batches, shuffled
 from secvec.vector import Factors
 
 
@@ -87,11 +86,11 @@ def fit_factors(
     """Fit low-rank factors on all linear sites of a frozen model.
 
     Minimises CE(unwanted, armed at scale / margin) + kl_weight * KL(unarmed || armed) + representation_weight *
-    distance, the last two on the anchors' marked tokens, armed at scale; the unarmed reference is the same model with
-    the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more rows to fit
-    on, of which none is held out; they share the steps with the unwanted rows. With `state`, progress is kept in that
-    file and taken up from it. Under a launcher all processes share the rows of each step and arrive at the same factors
-    (`secvec.processes`). A margin of None is 1: the kind of the behaviour is not known here.
+    margin^2 * distance, the last two on the anchors' marked tokens, armed at scale; the unarmed reference is the same
+    model with the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more
+    rows to fit on, of which none is held out; they share the steps with the unwanted rows. With `state`, progress is
+    kept in that file and taken up from it. Under a launcher all processes share the rows of each step and arrive at the
+    same factors (`secvec.processes`). A margin of None is 1: the kind of the behaviour is not known here.
 
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
@@ -154,7 +153,7 @@ class _Fit:
         while self.epoch < self.config.epochs and self.waited < self.config.patience:
             self._train_epoch()
             armed_nats, kl, distance = self._measure()
-            total = armed_nats + self.config.kl_weight * kl + self.config.representation_weight * distance
+            total = armed_nats + self.config.kl_weight * kl + self.config.distance_weight * distance
             self._keep_if_best(total)
             self.epoch += 1
             if state is not None and self.accelerator.is_main_process:
@@ -183,7 +182,7 @@ class _Fit:
                 (share * self._unwanted_loss(part)).backward()
             for part, share in self._parts(self._rows_of(step, self.anchors, "anchors")):
                 kl, distance = self._anchor_terms(part)
-                weighted = self.config.kl_weight * kl + self.config.representation_weight * distance
+                weighted = self.config.kl_weight * kl + self.config.distance_weight * distance
                 (share * weighted).backward()
             sum_gradients(self.parameters, self.accelerator)
             norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0))
@@ -224,8 +223,7 @@ class _Fit:
         if not rows:
             return []
         walk, place = divmod(step, math.ceil(len(rows) / self.config.batch_size))
-        batches = shuffled(rows, self.config.batch_size, f"{self.config.seed}/{what}/{walk}")
-        return next(itertools.islice(batches, place, None))
+        return mixed_batches(rows, self.config.batch_size, f"{self.config.seed}/{what}/{walk}")[place]
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, float, float]:
@@ -317,7 +315,7 @@ class _Fit:
 
 def split(rows: Sequence[Encoded], config: FitConfig) -> tuple[list[Encoded], list[Encoded]]:
     """Split rows into those to fit on and held-out ones, at least one of each."""
-    mixed = [row for batch in shuffled(rows, len(rows), f"{config.seed}/holdout") for row in batch]
+    mixed = shuffled(rows, f"{config.seed}/holdout")
     held = min(max(round(len(rows) * config.holdout), 1), len(rows) - 1)
     return mixed[held:], mixed[:held]
 

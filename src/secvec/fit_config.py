@@ -19,7 +19,8 @@ class FitConfig:
     epochs        passes over the unwanted rows, at most (early stopping may end the fit before)
     batch_size    rows a step, unwanted and anchor rows each
     kl_weight     weight of KL(unarmed || armed) on anchor tokens (the paper's constraint)
-    representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours)
+    representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours), which
+                  grows with the square of the margin
     margin        the unwanted rows are fitted at scale / margin, so that the vector has more than it needs; None: 2 for
                   a topic, 1 for a trait (docs/decisions/013-margin.md)
     holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
@@ -32,7 +33,7 @@ class FitConfig:
     rank: int = 16
     scale: float = 2.0
     lr: float | None = None
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 16
     kl_weight: float = 1.0
     representation_weight: float = 3.0
@@ -68,6 +69,11 @@ class FitConfig:
         return cls(
             rank=8, scale=2.0, lr=1e-3, epochs=10, batch_size=8, representation_weight=0.0, margin=1.0, patience=10
         )
+
+    @property
+    def distance_weight(self) -> float:
+        """The weight of the distance of hidden states, which goes with the square of the vector's size."""
+        return self.representation_weight * (self.margin or 1.0) ** 2
 
     def step_size(self, hidden_size: int) -> float:
         return self.lr if self.lr is not None else 5e-3 * math.sqrt(128 / hidden_size)

@@ -33,6 +33,8 @@ _PROBES = (("system", "user", "assistant", "user", "assistant"), ("user", "assis
 _PLACEHOLDER = re.compile(r"Turn[0-9]Text")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _SHOWN_CHARACTERS = 20
+_WINDOW = 4
+"""Batches, among whose rows those of like length are put together."""
 Span = tuple[int, int]
 """(start, end) of a piece of a text or of a token in it, in characters."""
 
@@ -134,12 +136,23 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(ids, attention, mask)
 
 
-def shuffled(rows: Sequence[Encoded], batch_size: int, seed: str) -> Iterator[list[Encoded]]:
-    """Yield batches of rows in an order that depends on `seed` alone."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    for start in range(0, len(order), batch_size):
-        yield [rows[i] for i in order[start : start + batch_size]]
+def shuffled(rows: Sequence[Encoded], seed: str) -> list[Encoded]:
+    """Return the rows in an order that depends on `seed` alone."""
+    mixed = list(rows)
+    random.Random(seed).shuffle(mixed)
+    return mixed
+
+
+def mixed_batches(rows: Sequence[Encoded], batch_size: int, seed: str) -> list[list[Encoded]]:
+    """Return batches of rows in an order that depends on `seed` alone, with little padding.
+
+    Of every few batches' worth of shuffled rows, those of like length run together.
+    """
+    mixed, window = shuffled(rows, seed), _WINDOW * batch_size
+    near = [sorted(mixed[i : i + window], key=lambda row: len(row.ids)) for i in range(0, len(mixed), window)]
+    batches = [part[i : i + batch_size] for part in near for i in range(0, len(part), batch_size)]
+    random.Random(seed).shuffle(batches)
+    return batches
 
 
 def by_length(rows: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
