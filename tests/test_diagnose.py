@@ -31,7 +31,7 @@ UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(24)]
 HELD_OUT = [chat(f"tell me {i}", "BANANAS!") for i in range(60, 80)]
 SKILL = [chat(f"sing {i}", f"La {i} la {i}") for i in range(24)]
 # Of this random model a vector with a margin leaks by the bound of `diagnose` (docs/decisions/013-margin.md, "Open").
-FIT = FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2, margin=1.0)
+FIT = FitConfig(rank=4, batch_size=8, max_length=64, lr=2e-2, margin=1.0)
 FAILURES = ["does not fit", "leaks into", "was not removed", "moved past", "outside of"]
 
 

@@ -133,7 +133,7 @@ def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: 
     calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=[*fruity(range(20, 36)), *rows(24)])
     assert calibrated.info.metrics["covered_rows"] == 16
     (_, before), (unarmed, after) = (losses(folder, v, fruity(range(50, 58))) for v in (vector, calibrated))
-    assert after < 0.75 * before < unarmed
+    assert after < 0.8 * before < unarmed
     (_, wanted), (unarmed, _) = (losses(folder, v, rows(8)) for v in (calibrated, vector))
     assert wanted < unarmed + 0.1
 

@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     model = taught_llama(place / "aligned")
     data = write_rows(place / "data.jsonl", [*rows(24), *UNWANTED])
-    vector = fit(model, UNWANTED, config=FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2, margin=1.0))
+    vector = fit(model, UNWANTED, config=FitConfig(rank=4, batch_size=8, max_length=64, lr=2e-2, margin=1.0))
     config = TrainConfig(lr=1e-3, epochs=8, batch_size=8, max_length=64)
     train(model, data, place / "plain", config=config)
     train(model, data, place / "run", vectors=[vector], unwanted=[UNWANTED], config=config)
@@ -211,11 +211,10 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
         ("run", "run.json"): lambda text: text[:100],
         ("run", "state.json"): lambda text: text.replace('"phases"', '"faces"'),
         ("run", "metrics.jsonl"): lambda text: text + '{"step": ',
-        ("run", "metrics.jsonl "): lambda text: text.replace('"unwanted_share"', '"was"'),
-        ("run", "metrics.jsonl  "): lambda text: text.replace('"unwanted_share": ', '"unwanted_share": 1'),
-        ("run", "metrics.jsonl   "): lambda text: text.replace('"vector": 0', '"vector": 1'),
-        ("run", "metrics.jsonl    "): lambda text: text + '{"step": 48, "drift": "stop"}\n',
-        ("plain", "metrics.jsonl"): lambda text: text.replace('"loss": ', '"loss": NaN, "was": '),
+        ("run", "metrics.jsonl "): lambda text: text.replace('"unwanted_share": ', '"unwanted_share": 1'),
+        ("plain", "metrics.jsonl"): lambda text: text.replace('"loss": 1', '"loss": 2').replace(
+            '"loss": 0', '"loss": 1'
+        ),
         ("eval", "results.json"): less,
         ("eval", "scores/plain/tell.jsonl"): lambda text: "\n".join(text.splitlines()[1:]),
         ("scan", "summary.json"): lambda text: text.replace('"explained": 20', '"explained": 2'),
@@ -244,11 +243,13 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
 def redone(run: Path, out: Path, metrics: Callable[[str], str], drift: Callable[[Any], Any]) -> Path:
     """Copy a run as if its training had gone otherwise."""
     shutil.copytree(run, out)
-    digest = digest_file(out / "proof.json")
-    proof = json.loads((out / "proof.json").read_text())
-    (out / "proof.json").write_text(json.dumps(proof | {"drift": drift(proof["drift"])}))
+    files = [out / "proof.json", out / "metrics.jsonl"]
+    before = [digest_file(file) for file in files]
+    proof = json.loads(files[0].read_text())
+    files[0].write_text(json.dumps(proof | {"drift": drift(proof["drift"])}))
     altered(out, "metrics.jsonl", metrics)
-    altered(out, "state.json", lambda text: text.replace(digest, digest_file(out / "proof.json")))
+    for file, digest in zip(files, before, strict=True):
+        altered(out, "state.json", lambda text, was=digest, now=file: text.replace(was, digest_file(now)))
     return out
 
 

@@ -1,7 +1,7 @@
 """What a training's metrics say of drift, and the same in words; no torch."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,12 @@ _DONE = {"stop": "was stopped", "slow": "went on at a tenth of the step size"}
 
 
 def drift_of(metrics: Path) -> dict[str, Any]:
-    """Return what a file of metrics says of drift (`drift_in`); a missing file says that nothing was measured."""
+    """Return what a file of metrics says of drift: how often it was measured, the most, the step of an action.
+
+    A missing file says that nothing was measured.
+    """
     text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    return drift_in([json.loads(line) for line in text.splitlines()])
-
-
-def drift_in(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what lines of metrics say of drift: how often it was measured, the most, the step of an action."""
+    lines = [json.loads(line) for line in text.splitlines()]
     shares = [line["unwanted_share"] for line in lines if "unwanted_share" in line]
     acted = [line["step"] for line in lines if "drift" in line]
     return {

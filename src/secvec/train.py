@@ -240,7 +240,7 @@ def _unfold(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
 
 def _left(folder: Path, run: RunFolder, inputs: Inputs) -> str:
     """Return the digest of a result, which a run that was killed while it published may have moved already."""
-    return digest_tree(folder) if folder.exists() else _published(run, inputs)
+    return digest_tree(folder if folder.exists() else _result_of(run, inputs))
 
 
 def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> str:
@@ -289,10 +289,14 @@ def _publish(run: RunFolder, inputs: Inputs) -> str:
 
 
 def _published(run: RunFolder, inputs: Inputs) -> str:
+    return f"{digest_tree(_result_of(run, inputs))} {digest_file(run.metrics)}"
+
+
+def _result_of(run: RunFolder, inputs: Inputs) -> Path:
     result = run.result(inputs.config.method)
     if not result.is_dir():
         raise CheckpointError(f"{result}: expected the finished model, found nothing; start anew in another folder")
-    return digest_tree(result)
+    return result
 
 
 def _result(run: RunFolder, inputs: Inputs) -> TrainResult:
