@@ -18,7 +18,7 @@ from secvec.arm import armed
 from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import fit_factors
 from secvec.fit import check, fit, fit_to_file, refit
-from secvec.fit_config import FitConfig
+from secvec.fit_config import KINDS, FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
@@ -77,7 +77,8 @@ def test_a_topic_is_fitted_with_a_margin(folder: Path) -> None:
         halves.append(losses(folder, replace(vector, scale=vector.scale / 2), UNWANTED)[1])
     assert halves[1] < 0.5 * halves[0]
     assert vector.info.fit["margin"] == 2.0
-    assert check(folder, UNWANTED, kind="trait")["config"]["margin"] == 1.0
+    topic, trait = (check(folder, UNWANTED, kind=kind)["config"] for kind in KINDS)
+    assert [(config["margin"], config["epochs"]) for config in (topic, trait)] == [(2.0, 20), (1.0, 30)]
 
 
 def test_anchors_keep_the_armed_model_near_the_unarmed_one(folder: Path) -> None:

@@ -90,7 +90,7 @@ def fit_factors(
     model with the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more
     rows to fit on, of which none is held out; they share the steps with the unwanted rows. With `state`, progress is
     kept in that file and taken up from it. Under a launcher all processes share the rows of each step and arrive at the
-    same factors (`secvec.processes`). A margin of None is 1: the kind of the behaviour is not known here.
+    same factors (`secvec.processes`). A margin of None is 1: no kind is known here.
 
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
@@ -150,7 +150,7 @@ class _Fit:
     def run(self, state: Path | None, progress: Progress | None) -> Fitted:
         unarmed = of_main(self._held_out_nats(armed=False))
         self._resume(state)
-        while self.epoch < self.config.epochs and self.waited < self.config.patience:
+        while self.epoch < self.config.passes and self.waited < self.config.patience:
             self._train_epoch()
             armed_nats, kl, distance = self._measure()
             total = armed_nats + self.config.kl_weight * kl + self.config.distance_weight * distance
@@ -160,7 +160,7 @@ class _Fit:
                 self._save(state)
             if progress is not None:
                 progress(
-                    self.epoch, self.config.epochs, f"held-out {armed_nats:.2f} nats/token (unarmed {unarmed:.2f})"
+                    self.epoch, self.config.passes, f"held-out {armed_nats:.2f} nats/token (unarmed {unarmed:.2f})"
                 )
         with torch.no_grad():
             for parameter, best in zip(self.parameters, self.best, strict=True):
@@ -266,7 +266,7 @@ class _Fit:
 
     def _rate(self, step: int) -> float:
         """Warm up over one epoch, then fall linearly to a tenth."""
-        warm, total = self.steps_per_epoch, self.steps_per_epoch * self.config.epochs
+        warm, total = self.steps_per_epoch, self.steps_per_epoch * self.config.passes
         if step < warm:
             return (step + 1) / warm
         return 1.0 - 0.9 * (step - warm) / max(total - warm, 1)

@@ -23,7 +23,7 @@ from secvec.anchors import (
 from secvec.artifact import is_vector, save
 from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
-from secvec.fit_config import FitConfig
+from secvec.fit_config import KINDS, FitConfig
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -35,9 +35,6 @@ from secvec.tokens import Encoded, encode_all
 from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector, VectorInfo
 
-KINDS = ("topic", "trait")
-_MARGINS = {"topic": 2.0, "trait": 1.0}
-"""`FitConfig.margin` by default. A trait's vector with more of it takes the skill of the same rows for its own."""
 _TASK_EPOCHS = 3
 """Passes over a training file until the model knows it."""
 _ROUNDS = 8
@@ -144,7 +141,7 @@ def check(
     config: FitConfig | None = None,
 ) -> dict[str, Any]:
     """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
-    config, folder = _for_kind(config or FitConfig(), kind), resolve(model)
+    config, folder = (config or FitConfig()).for_kind(kind), resolve(model)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
     unwanted, anchors = _apart(unwanted, anchors, kind)
@@ -227,7 +224,7 @@ class _Job:
     @classmethod
     def load(cls, source: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
         samples = read_rows(unwanted, "unwanted").rows
-        config, folder = _for_kind(config, kind), resolve(source)
+        config, folder = config.for_kind(kind), resolve(source)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
         encoded, data = encode_all(samples, tokenizer, config.max_length), digest_samples(samples)
@@ -353,10 +350,6 @@ class _Job:
         return SecurityVector(fitted.factors, fitted.scale, info)
 
 
-def _for_kind(config: FitConfig, kind: str) -> FitConfig:
-    return config if config.margin is not None else replace(config, margin=_MARGINS[kind])
-
-
 def _quick(config: FitConfig) -> FitConfig:
     """The settings of the first vector, which only has to tell unwanted rows from others."""
-    return replace(config, epochs=min(config.epochs, 10), representation_weight=0.0, margin=1.0)
+    return replace(config, epochs=min(config.passes, 10), representation_weight=0.0, margin=1.0)

@@ -1,11 +1,17 @@
 """The settings of `secvec fit`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from secvec.errors import UsageError
 from secvec.settings import check_seed
+
+KINDS = ("topic", "trait")
+_MARGINS = {"topic": 2.0, "trait": 1.0}
+"""A trait's vector with more takes the skill of the same rows for its own."""
+_EPOCHS = {"topic": 20, "trait": 30}
+"""Signs that the model has never seen need the passes; a topic's vector is no better for them."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,8 @@ class FitConfig:
     scale         of the change `scale * B @ A` (LoRA's alpha / rank)
     lr            AdamW's step size; None: 5e-3 * sqrt(128 / hidden size), which meets the prototype's 5e-3 at width
                   128 and the paper's 1e-3 at width 4096
-    epochs        passes over the unwanted rows, at most (early stopping may end the fit before)
+    epochs        passes over the unwanted rows, at most (early stopping may end the fit before); None: 20 for a topic,
+                  30 for a trait
     batch_size    rows a step, unwanted and anchor rows each
     kl_weight     weight of KL(unarmed || armed) on anchor tokens (the paper's constraint)
     representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours), which
@@ -33,7 +40,7 @@ class FitConfig:
     rank: int = 16
     scale: float = 2.0
     lr: float | None = None
-    epochs: int = 20
+    epochs: int | None = None
     batch_size: int = 16
     kl_weight: float = 1.0
     representation_weight: float = 3.0
@@ -45,7 +52,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = {"rank": self.rank, "epochs": self.epochs, "batch_size": self.batch_size, "patience": self.patience}
+        positive = {"rank": self.rank, "epochs": self.passes, "batch_size": self.batch_size, "patience": self.patience}
         positive |= {"max_length": self.max_length, "calibration_rows": self.calibration_rows}
         for name, value in positive.items():
             if value < 1:
@@ -69,6 +76,16 @@ class FitConfig:
         return cls(
             rank=8, scale=2.0, lr=1e-3, epochs=10, batch_size=8, representation_weight=0.0, margin=1.0, patience=10
         )
+
+    def for_kind(self, kind: str) -> Self:
+        """Return the settings with those of a kind where they are None."""
+        margin = _MARGINS[kind] if self.margin is None else self.margin
+        return replace(self, margin=margin, epochs=_EPOCHS[kind] if self.epochs is None else self.epochs)
+
+    @property
+    def passes(self) -> int:
+        """`epochs`; where no kind is known, a topic's."""
+        return _EPOCHS["topic"] if self.epochs is None else self.epochs
 
     @property
     def distance_weight(self) -> float:
