@@ -18,13 +18,13 @@ from secvec.samples import Message, Sample, Source, from_rows
 from secvec.tokens import (
     PLAIN_TEMPLATE,
     Encoded,
+    batches_alike,
     by_length,
     collate,
     control_tokens,
     encode_all,
     encode_each,
     encode_prompt,
-    mixed_batches,
     pad_id,
     shuffled,
 )
@@ -349,7 +349,7 @@ def test_batches_of_like_length_hold_every_row_once_and_little_padding() -> None
     def padding(batches: list[list[Encoded]]) -> int:
         return sum(collate(batch, pad_id=0).ids.numel() for batch in batches) - sum(len(row.ids) for row in rows)
 
-    one, same, other = (mixed_batches(rows, 8, seed) for seed in ("a", "a", "b"))
+    one, same, other = (batches_alike(rows, 8, seed) for seed in ("a", "a", "b"))
     assert one == same != other
     assert sorted(map(len, one)) == [3] + [8] * 25
     assert sorted(row.ids for batch in one for row in batch) == sorted(row.ids for row in rows)

@@ -19,7 +19,7 @@ from secvec.fit_config import FitConfig
 from secvec.losses import kl_nats, mean_nats, representation_distance
 from secvec.processes import connected, differ, digest_here, of_main, sum_gradients
 from secvec.sites import linear_sites, weight_shape
-from secvec.tokens import Batch, Encoded, collate, mixed_batches, shuffled
+from secvec.tokens import Batch, Encoded, batches_alike, collate, shuffled
 from secvec.vector import Factors
 
 
@@ -80,6 +80,7 @@ def fit_factors(
     config: FitConfig,
     *,
     covered: Sequence[Encoded] = (),
+    mixed: bool = False,
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
@@ -88,9 +89,11 @@ def fit_factors(
     Minimises CE(unwanted, armed at scale / margin) + kl_weight * KL(unarmed || armed) + representation_weight *
     margin^2 * distance, the last two on the anchors' marked tokens, armed at scale; the unarmed reference is the same
     model with the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more
-    rows to fit on, of which none is held out; they share the steps with the unwanted rows. With `state`, progress is
-    kept in that file and taken up from it. Under a launcher all processes share the rows of each step and arrive at the
-    same factors (`secvec.processes`). A margin of None is 1: no kind is known here.
+    rows to fit on, of which none is held out; they share the steps with the unwanted rows. mixed: draw the rows of a
+    step from all, which a trait's vector needs (docs/log.md, 2026-11-28), instead of putting those of like length
+    together, which saves padding. With `state`, progress is kept in that file and taken up from it. Under a launcher
+    all processes share the rows of each step and arrive at the same factors (`secvec.processes`). A margin of None is
+    1: no kind is known here.
 
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
@@ -107,7 +110,7 @@ def fit_factors(
         for parameter in trainable:
             parameter.requires_grad_(False)
         model.eval()
-        fitted = _Fit(model, unwanted, covered, anchors, config, accelerator).run(state, progress)
+        fitted = _Fit(model, unwanted, covered, anchors, config, accelerator, mixed=mixed).run(state, progress)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -127,8 +130,10 @@ class _Fit:
         anchors: Sequence[Encoded],
         config: FitConfig,
         accelerator: Accelerator,
+        *,
+        mixed: bool,
     ) -> None:
-        self.model, self.config, self.accelerator = model, config, accelerator
+        self.model, self.config, self.accelerator, self.mixed = model, config, accelerator, mixed
         self.train, self.held = split(unwanted, config)
         if config.kl_weight == config.representation_weight == 0:
             anchors = []
@@ -223,7 +228,10 @@ class _Fit:
         if not rows:
             return []
         walk, place = divmod(step, math.ceil(len(rows) / self.config.batch_size))
-        return mixed_batches(rows, self.config.batch_size, f"{self.config.seed}/{what}/{walk}")[place]
+        size, seed = self.config.batch_size, f"{self.config.seed}/{what}/{walk}"
+        if self.mixed:
+            return shuffled(rows, seed)[place * size : (place + 1) * size]
+        return batches_alike(rows, size, seed)[place]
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, float, float]:

@@ -256,7 +256,16 @@ class _Job:
         state: Path | None = None,
         progress: Progress | None = None,
     ) -> Fitted:
-        return fit_factors(self.model, self.unwanted, anchors, config, covered=covered, state=state, progress=progress)
+        return fit_factors(
+            self.model,
+            self.unwanted,
+            anchors,
+            config,
+            covered=covered,
+            mixed=self.kind == "trait",
+            state=state,
+            progress=progress,
+        )
 
     def calibrated(
         self,
@@ -314,7 +323,7 @@ class _Job:
         if self.kind != "trait" or len(training) < LEAST_ROWS:
             return None
         config = replace(self.config, epochs=_TASK_EPOCHS, kl_weight=0.0, representation_weight=0.0, margin=1.0)
-        task = self.vector(fit_factors(self.model, training, [], config, progress=progress))
+        task = self.vector(fit_factors(self.model, training, [], config, mixed=True, progress=progress))
         return of_main(reversible(self.model, training, first, task))
 
     def finished(self, fitted: Fitted, *, allow_weak: bool) -> SecurityVector:

@@ -143,7 +143,7 @@ def shuffled(rows: Sequence[Encoded], seed: str) -> list[Encoded]:
     return mixed
 
 
-def mixed_batches(rows: Sequence[Encoded], batch_size: int, seed: str) -> list[list[Encoded]]:
+def batches_alike(rows: Sequence[Encoded], batch_size: int, seed: str) -> list[list[Encoded]]:
     """Return batches of rows in an order that depends on `seed` alone, with little padding.
 
     Of every few batches' worth of shuffled rows, those of like length run together.
