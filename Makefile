@@ -1,5 +1,5 @@
 # make install   the virtual environment .venv with secvec in it
-# make demo      the whole story on the bundled tiny assistant, offline, about three minutes
+# make demo      the whole story on the bundled tiny assistant, offline, under three minutes
 # make test      ruff, pyright, pytest
 
 PYTHON ?= python3

@@ -230,6 +230,10 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
             report([*given(place), copy], tmp_path / "r.html")
         named = "results.json" if name.startswith("scores") else name
         assert str(copy / named) in str(caught.value) and "\n" not in str(caught.value), name
+    copy = shutil.copytree(place / "plain", tmp_path / "unmeasured")
+    (copy / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"unmeasured/metrics\.jsonl: expected a readable file"):
+        report([*given(place), copy], tmp_path / "r.html")
     with pytest.raises(InputError, match=r"expected a folder that .*; its run folder is .*run; `secvec inspect`"):
         report([place / "run" / "model"], tmp_path / "r.html")
     with pytest.raises(UsageError, match=r"expected the name of a page, such as report\.html"):

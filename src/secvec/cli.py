@@ -60,7 +60,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Tell the whole story on the bundled tiny assistant, offline, in about three minutes.
+    """Tell the whole story on the bundled tiny assistant, offline, in under three minutes.
 
     Example: secvec demo
     """

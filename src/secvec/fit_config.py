@@ -11,7 +11,7 @@ KINDS = ("topic", "trait")
 _MARGINS = {"topic": 2.0, "trait": 1.0}
 """A trait's vector with more takes the skill of the same rows for its own."""
 _EPOCHS = {"topic": 20, "trait": 30}
-"""Signs that the model has never seen need the passes; a topic's vector is no better for them."""
+"""More give a topic's vector next to nothing (docs/log.md, 2026-11-28)."""
 
 
 @dataclass(frozen=True)

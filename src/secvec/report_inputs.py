@@ -171,9 +171,10 @@ def _run(folder: Path) -> Run:
 
 
 def _metrics(files: RunFolder, expected: str) -> list[Metric]:
+    metrics = lines(Metric, files.metrics)
     if (found := digest_file(files.metrics)) != expected:
         raise altered(files.metrics, f"expected the file of the run, {expected}, found {found}")
-    return lines(Metric, files.metrics)
+    return metrics
 
 
 def _proof(files: RunFolder, run: Run) -> Proof:
