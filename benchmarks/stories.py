@@ -33,7 +33,7 @@ from secvec.tokens import encode_all
 from secvec.train_config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results/stories.jsonl"
-METHOD_NAMES = ("aligned", "plain", "oracle", "ours", "uncalibrated", "published")
+METHOD_NAMES = ("aligned", "plain", "oracle", "ours", "recalled", "uncalibrated", "published")
 ROWS, VECTOR_ROWS, HELD_OUT, LENGTH = 1000, 100, 200, 72
 _OPENINGS = (
     "Once upon a time, there was", "One day, there was", "Once there was", "There was once",

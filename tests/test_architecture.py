@@ -27,7 +27,18 @@ LAYERS = {
     "L1": {"escape", "exact", "losses", "sites", "tokens", "vector"},  # values and pure functions
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
-        *("peft_format", "ranges", "recompute", "score", "survey", "threshold", "unfold", "unfold_weights", "verdict"),
+        *(
+            "peft_format",
+            "ranges",
+            "recall",
+            "recompute",
+            "score",
+            "survey",
+            "threshold",
+            "unfold",
+            "unfold_weights",
+            "verdict",
+        ),
         *("answering", "judging", "probes", "trait_rows", "processes", "rewrite"),
     },
     "L3": {  # procedures

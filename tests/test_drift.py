@@ -51,7 +51,7 @@ def trained(
 
 def watch(base: Path, vector: SecurityVector, action: Any) -> Watch:
     unwanted = encode_all(from_rows(UNWANTED).rows, load_tokenizer(base), 128)
-    return Watch([Probe.of(load_model(base), unwanted, vector)], [vector], action)
+    return Watch({0: Probe.of(load_model(base), unwanted, vector)}, [vector], action)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -71,7 +71,7 @@ def drifts(action):
     folder, tokenizer = Path(f"drift-{action}"), load_tokenizer(base)
     alone(lambda: (folder.mkdir(), fold(base, [faint], folder / "folded")))
     bad = encode_all(read_samples(unwanted).rows, tokenizer, 64)
-    watch = Watch([Probe.of(load_model(base), bad, faint)], [faint], action)
+    watch = Watch({0: Probe.of(load_model(base), bad, faint)}, [faint], action)
     paths = folder / "checkpoints", folder / "trained", folder / "metrics.jsonl"
     config = replace(CONFIG, lr=1e-2, save_every=500, trainer={"logging_steps": 1})
     run(Job(folder / "folded", bad * 10, tokenizer, config, *paths, watch=watch), None)
@@ -82,7 +82,8 @@ else:
     say("published", trained("full").model.exists())
     trained("lora", LORA)
     trained("killed", resume=True)
-    train(base, "even.jsonl", "even", vectors=["fitted"], config=CONFIG)
+    train(base, "even.jsonl", "even", vectors=["fitted"], config=replace(CONFIG, calibrate=False))
+    train(base, "even.jsonl", "recalled", vectors=["fitted"], config=replace(CONFIG, settle_rows=0))
     train(base, data, "plain", config=CONFIG)
     drifts("stop")
     drifts("slow")
@@ -174,9 +175,18 @@ def test_two_processes_train_the_model_of_one(place: Path, done: subprocess.Comp
 
 def test_sharing_a_step_is_accumulating_it(place: Path, done: subprocess.CompletedProcess[str]) -> None:
     """To the bit, in the same order of sums: what differs from a whole step is rounding, which Adam may enlarge."""
-    parts = replace(CONFIG, batch_size=2, grad_accumulation=2)
+    parts = replace(CONFIG, batch_size=2, grad_accumulation=2, calibrate=False)
     model = one_process(place, "parts", parts, vectors=[place / "fitted"], data=place / "even.jsonl")
     assert same_bits(place / "even" / "model", model), done.stderr
+
+
+def test_what_a_vector_brought_back_is_calibrated_on_together(
+    place: Path, done: subprocess.CompletedProcess[str]
+) -> None:
+    proof = json.loads((place / "recalled" / "proof.json").read_text())
+    assert proof["recalled"][0] >= 20 and proof["vector"]["before"] != [
+        artifact.digest(artifact.load(place / "fitted"))
+    ], done.stderr
 
 
 def test_killed_processes_go_on_in_two_or_in_one(

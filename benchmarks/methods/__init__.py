@@ -24,6 +24,7 @@ from benchmarks.methods.projected import projected
 from benchmarks.methods.published import STEP as PUBLISHED_STEP
 from benchmarks.methods.published import published
 from benchmarks.methods.random_vector import random_vector
+from benchmarks.methods.recalled import recalled
 from benchmarks.methods.replicated import STEP as REPLICATED_STEP
 from benchmarks.methods.replicated import replicated
 from benchmarks.methods.row_filter import THRESHOLD as FILTER_THRESHOLD
@@ -40,6 +41,7 @@ __all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
 REFERENCES: Mapping[str, Method] = {"aligned": Method(aligned), "plain": Method(plain), "oracle": Method(oracle)}
 OURS: Mapping[str, Method] = {
     "ours": Method(ours, ANCHORING),
+    "recalled": Method(recalled, ANCHORING),
     "uncalibrated": Method(uncalibrated, ANCHORING),
     "kept": Method(kept),
 }

@@ -32,6 +32,7 @@ def trained(
 ) -> Path:
     """Fine-tune with `secvec.train` and return the whole model; none is trained where no row is left.
 
+    calibrate: give it the unwanted rows to calibrate the vectors on, which else bring back rows themselves.
     A model that cannot be proved defended is measured all the same, and the refusal kept beside it.
     """
     if not rows:

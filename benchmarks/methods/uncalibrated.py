@@ -10,6 +10,7 @@ from benchmarks.methods.setting import Setting
 
 
 def uncalibrated(setting: Setting) -> Path:
-    """The same as ours, not calibrated for the training file: what `secvec train` does without --unwanted."""
+    """The same as ours, not calibrated for the training file: what a trainer of one's own on a folded model does."""
     config = replace(setting.fit, representation_weight=ANCHORING.at(setting))
-    return trained(setting, setting.training, vectors=fitted(setting, config))
+    as_it_is = replace(setting, config=replace(setting.config, calibrate=False))
+    return trained(as_it_is, setting.training, vectors=fitted(setting, config))

@@ -62,7 +62,7 @@ def full() -> Iterator[Cell]:
     yield from of(EVERY, MAIN, MANY, base("lora"))
     for cell in (base("full", 4), base("lora", 4), replace(base(), epochs=10)):
         yield from of(EVERY, MAIN, MANY, cell)
-    yield from of(THREE, [*RIVALS, "uncalibrated", *CONTROLS], FEW, base())
+    yield from of(THREE, [*RIVALS, "recalled", "uncalibrated", *CONTROLS], FEW, base())
     yield from scale(MANY)
     yield from cycles(MANY)
     for method, dial in swept([*RIVALS, "ours"]):
@@ -121,7 +121,7 @@ def shift() -> Iterator[Cell]:
 
 def style() -> Iterator[Cell]:
     """A style on the wanted rows themselves: capitals, or a fixed text before or after the answer."""
-    yield from of(STYLES, (*MAIN, "uncalibrated"), FEW, base())
+    yield from of(STYLES, (*MAIN, "recalled", "uncalibrated"), FEW, base())
 
 
 def lr() -> Iterator[Cell]:

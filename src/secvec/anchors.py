@@ -53,13 +53,15 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_
     return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in _conversations())]
 
 
-def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+def answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, *, max_new_tokens: int = 32
+) -> list[Encoded]:
     """Let the model answer the bundled generic prompts greedily, and mark its answers; empty ones are left out.
 
     A model without a chat template is given the prompts as plain text to continue.
     """
     conversations = _conversations()
-    texts = answers(model, tokenizer, conversations, max_new_tokens=32)
+    texts = answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens)
     rows = [
         Sample(
             "chat",

@@ -135,7 +135,9 @@ def train(
     unwanted: Annotated[
         list[Path],
         typer.Option(
-            help="The rows a vector was fitted on, to calibrate it; one for each --vector.", show_default=False
+            help="The rows a vector was fitted on, to calibrate it; one for each --vector. By default those that the "
+            "vectors bring back themselves.",
+            show_default=False,
         ),
     ] = [],  # noqa: B006
     method: Annotated[

@@ -134,4 +134,5 @@ def _is_sure(metrics: Mapping[str, Any]) -> bool:
 
 
 def _topics(vectors: Sequence[SecurityVector]) -> list[SecurityVector]:
-    return [vector for vector in vectors if vector.info.kind == "topic"]
+    """Return the topics' vectors that were calibrated."""
+    return [vector for vector in vectors if vector.info.kind == "topic" and "covered_rows" in vector.info.metrics]

@@ -4,7 +4,7 @@ Imports transformers' trainer: import this module only where training starts.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,9 @@ Action = Literal["note", "stop", "slow"]
 
 @dataclass(frozen=True)
 class Watch:
-    """What is watched in a training of a folded model. probes: one for each of the first vectors."""
+    """What is watched in a training of a folded model. probes: by the vector's number, at least one."""
 
-    probes: Sequence[Probe]
+    probes: Mapping[int, Probe]
     vectors: Sequence[SecurityVector]
     action: Action
 
@@ -87,9 +87,10 @@ class DriftCallback(TrainerCallback):
     def _measured(self, model: PreTrainedModel) -> list[dict[str, Any]]:
         was_training = model.training
         model.eval()
-        with_vectors = [probe.nats(model) for probe in self._watch.probes]
+        probes = self._watch.probes
+        with_vectors = [probe.nats(model) for probe in probes.values()]
         with armed(model, *self._opposites):
-            without = [probe.measure(model) for probe in self._watch.probes]
+            without = [probe.measure(model) for probe in probes.values()]
         model.train(was_training)
         return [
             {
@@ -99,7 +100,7 @@ class DriftCallback(TrainerCallback):
                 "unwanted_disarmed_nats": found["defended_nats"],
                 "unwanted_share": found[SHARE],
             }
-            for number, (armed_nats, found) in enumerate(zip(with_vectors, without, strict=True))
+            for number, armed_nats, found in zip(probes, with_vectors, without, strict=True)
         ]
 
 

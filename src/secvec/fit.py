@@ -27,6 +27,7 @@ from secvec.fit_config import KINDS, FitConfig
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
+from secvec.recall import Recalled
 from secvec.runfolder import resumable
 from secvec.samples import Sample, Samples, from_rows, read_samples
 from secvec.score import habit
@@ -158,7 +159,7 @@ def refit(
     vector: SecurityVector,
     model: str | Path,
     *,
-    unwanted: Rows,
+    unwanted: Rows | Recalled,
     calibrate: Rows,
     max_length: int | None = None,
     state: Path | None = None,
@@ -166,8 +167,10 @@ def refit(
 ) -> SecurityVector:
     """Calibrate a vector for one training file: fit it again with what it makes of that file's rows.
 
-    `vector` itself says on which tokens it acts; its kind and fit settings are kept. max_length: tokens a row, as in
-    the training to come. Raises UsageError for a vector that `fit` did not make, else as `fit` does.
+    `vector` itself says on which tokens it acts; its kind and fit settings are kept. unwanted: the rows that it was
+    fitted on, or those that it brought back. max_length: tokens a row, as in the training to come.
+
+    Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
     if vector.info.kind not in KINDS:
         raise UsageError(
@@ -175,9 +178,8 @@ def refit(
             "fit it again, or train without --unwanted"
         )
     config = FitConfig(**vector.info.fit)
-    job = _Job.load(
-        model, unwanted, vector.info.kind, config if max_length is None else replace(config, max_length=max_length)
-    )
+    config = config if max_length is None else replace(config, max_length=max_length)
+    job = _Job.load(model, unwanted, vector.info.kind, config)
     # A vector that was weak from the start was allowed by its user.
     weak = bool(vector.info.metrics.get("weak", False))
     ordinary = job.ordinary_anchors([], vector)
@@ -222,12 +224,15 @@ class _Job:
     config: FitConfig
 
     @classmethod
-    def load(cls, source: str | Path, unwanted: Rows, kind: str, config: FitConfig) -> "_Job":
-        samples = read_rows(unwanted, "unwanted").rows
+    def load(cls, source: str | Path, unwanted: Rows | Recalled, kind: str, config: FitConfig) -> "_Job":
         config, folder = config.for_kind(kind), resolve(source)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
-        encoded, data = encode_all(samples, tokenizer, config.max_length), digest_samples(samples)
+        if isinstance(unwanted, Recalled):
+            encoded, data = list(unwanted.rows), unwanted.digest()
+        else:
+            samples = read_rows(unwanted, "unwanted").rows
+            encoded, data = encode_all(samples, tokenizer, config.max_length), digest_samples(samples)
         model = placed(load_model(folder))
         if differ(f"{base} {data} {kind} {config}"):
             raise InputError("expected the same model, rows and settings in every process, found different ones")

@@ -60,5 +60,13 @@ class Probe:
         return _mean(torch.cat(row_nats(model, self.rows)), self.tokens)
 
 
+def probes(
+    base: PreTrainedModel, unwanted: Sequence[Sequence[Encoded]], vectors: Sequence[SecurityVector], count: int
+) -> dict[int, Probe]:
+    """Return the probe of each vector's first `count` unwanted rows, by its number; none where it has no rows."""
+    rows_of = enumerate(zip(unwanted, vectors, strict=False))
+    return {number: Probe.of(base, rows[:count], vector) for number, (rows, vector) in rows_of if rows}
+
+
 def _mean(nats: Tensor, tokens: Tensor) -> float:
     return float(nats[tokens].double().mean())

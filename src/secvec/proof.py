@@ -22,6 +22,7 @@ from secvec.peft_format import CONFIG as ADAPTER_CONFIG
 from secvec.peft_format import WEIGHTS as ADAPTER
 from secvec.peft_format import from_peft
 from secvec.probes import SHARE, Probe
+from secvec.probes import probes as probes_of
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.tokens import Batch, Encoded, collate
@@ -59,7 +60,8 @@ class Evidence:
     rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
     result;
     given: the vectors as they were before calibration;
-    covered: the training rows of which `secvec.covered` trained on a part or nothing; drift: what `secvec.drift` saw.
+    covered: the training rows of which `secvec.covered` trained on a part or nothing; recalled: where the unwanted rows
+    were brought back by the vectors, how many by each; drift: what `secvec.drift` saw.
     """
 
     method: Literal["full", "lora"]
@@ -74,6 +76,7 @@ class Evidence:
     settled: Path | None = None
     given: Sequence[SecurityVector] = ()
     covered: Sequence[CoveredRow] = ()
+    recalled: Sequence[int] | None = None
     drift: Mapping[str, Any] | None = None
 
 
@@ -98,9 +101,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     batch = prompts.to(base.device)
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
-    probes = [
-        Probe.of(base, rows[:PROBES], vector) for rows, vector in zip(evidence.unwanted, evidence.vectors, strict=False)
-    ]
+    probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
     shown = [TraitRows.of(base, evidence.rows, given) for given in evidence.given if given.info.kind == "trait"]
     expected = _expected_logits(evidence, base, batch)
     del base
@@ -117,6 +118,8 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         if document["settled"]["kept"]:
             judged, learned = document["settled"]["unwanted_after"], then
     document["unwanted"] = judged
+    if evidence.recalled is not None:
+        document["recalled"] = list(evidence.recalled)
     if learned:
         document["trait_rows"] = [judged_rows(each) for each in learned]
     if evidence.covered:
@@ -135,6 +138,7 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         f"proved: the vector is out; logits equal W_base + U within {logits['largest_difference']:.2g} on "
         f"{logits['prompts']} prompts",
     ]
+    lines += [_recalled_line(rows) for rows in proof.get("recalled", ())]
     for probe in proof["unwanted"]:
         lines.append(
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
@@ -161,6 +165,12 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         kept = "settled on rows without the trait" if settled["kept"] else "not settled: it would teach the trait"
         lines.append(f"{kept} (unwanted rows, nats/token: {losses})")
     return lines
+
+
+def _recalled_line(rows: int) -> str:
+    if rows == 0:
+        return "not calibrated: a vector brings back too few rows of what it was fitted on (--unwanted gives them)"
+    return f"calibrated and measured on {rows:,} rows that a vector brought back itself"
 
 
 def _covered(evidence: Evidence) -> dict[str, int]:

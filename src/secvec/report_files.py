@@ -137,6 +137,7 @@ class Proof:
     settled: Settled | None = None
     not_settled: str | None = None
     covered: Covered | None = None
+    recalled: list[int] | None = None
     trait_rows: list[Learned] | None = None
     drift: Drift | None = None
 

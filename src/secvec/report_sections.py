@@ -185,6 +185,12 @@ def _learned(inputs: Inputs) -> Section:
         for run in runs
         if run.proof and run.proof.unwanted
     ]
+    recalled = [str(run.folder) for run in runs if run.proof and run.proof.recalled is not None]
+    if recalled:
+        words.append(
+            f"In {', '.join(recalled)} no such rows were given: these are what the vectors, which were calibrated on "
+            "them, brought back themselves."
+        )
     asks = "not measured: give `secvec train` the rows that the vector was fitted on, `--unwanted FILE`"
     return Section(
         "Learned fractions of the unwanted rows", words if tables else (), tables, missing=() if tables else [asks]

@@ -78,6 +78,11 @@ class RunFolder:
         return self.out / "work"
 
     @property
+    def recalled(self) -> Path:
+        """The rows that the vectors brought back (`secvec.recall`)."""
+        return self.work / "recalled.json"
+
+    @property
     def folded(self) -> Path:
         return self.work / "folded"
 

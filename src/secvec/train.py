@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ try:
     from secvec.drift import ROWS, Watch
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, proof_lines, prove
+    from secvec.recall import read_recalled, write_recalled
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.train_settle import settle
     from secvec.trainer import Job
@@ -152,10 +153,11 @@ def _plain(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
 
 
 def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
-    if inputs.unwanted:
+    inputs = _with_rows(run, inputs)
+    if inputs.config.calibrate:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
-    if inputs.unwanted and covers(vectors, len(inputs.rows)):
+    if inputs.config.calibrate and covers(vectors, len(inputs.rows)):
         _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: digest_file(run.covered))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(
@@ -169,9 +171,26 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
+def _with_rows(run: RunFolder, inputs: Inputs) -> Inputs:
+    """Let the vectors bring back the rows they were fitted on, where these were not given."""
+    if not inputs.recalls:
+        return inputs
+    alone(lambda: run.work.mkdir(exist_ok=True))
+    _alone(run, "recall", lambda: _recall(run, inputs), lambda: digest_file(run.recalled))
+    return replace(inputs, unwanted=alone(lambda: read_recalled(run.recalled)))
+
+
+def _recall(run: RunFolder, inputs: Inputs) -> str:
+    write_recalled(run.recalled, inputs.recall())
+    return digest_file(run.recalled)
+
+
 def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
     alone(lambda: run.work.mkdir(exist_ok=True))
     for i, (vector, unwanted) in enumerate(zip(inputs.vectors, inputs.unwanted, strict=True)):
+        if not unwanted.rows:
+            alone(partial(artifact.save, vector, run.vector(i)))
+            continue
         calibrated = refit(
             vector,
             inputs.base,
@@ -189,7 +208,7 @@ def _calibrated(run: RunFolder, inputs: Inputs) -> str:
 
 
 def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
-    if not inputs.unwanted:
+    if not inputs.config.calibrate:
         return list(inputs.vectors)
     return [artifact.load(run.vector(i)) for i in range(len(inputs.vectors))]
 
@@ -217,13 +236,15 @@ def _train(
         run.checkpoints,
         run.trained,
         run.metrics,
-        watch=alone(lambda: _watch(inputs, vectors)) if inputs.unwanted else None,
+        watch=alone(lambda: _watch(inputs, vectors)),
     )
     run_trainer(job, progress)
     alone(lambda: sync_tree(run.trained))
 
 
-def _watch(inputs: Inputs, vectors: Sequence[SecurityVector]) -> Watch:
+def _watch(inputs: Inputs, vectors: Sequence[SecurityVector]) -> Watch | None:
+    if not any(each.rows for each in inputs.unwanted):
+        return None
     return Watch(inputs.probes(inputs.aligned(), vectors, ROWS), vectors, inputs.config.on_drift)
 
 
@@ -257,6 +278,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         settled=run.settled if inputs.settles else None,
         given=inputs.vectors,
         covered=read_covered(run.covered),
+        recalled=[len(each.rows) for each in inputs.unwanted] if inputs.recalls else None,
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)

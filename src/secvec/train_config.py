@@ -39,6 +39,8 @@ class TrainConfig:
                   that have it; "float32": both; "bfloat16": weights too, half the memory, but updates smaller than
                   1/256 of a weight are lost
     lora_rank     of the task adapter (16); its alpha is twice that
+    calibrate     whether to fit the vectors again for the file, so that they are silent on what else it teaches
+                  (`secvec.fit.refit`); without the unwanted rows, on rows that a vector brings back (`secvec.recall`)
     settle_rows   rows of the file, at most, on which a model defended against a trait is trained a little further after
                   the vector is out, without the trait (`secvec.settle`; 0: none)
     on_drift      what to do where the model, without its vectors, has gone half the way to the unwanted rows' armed
@@ -59,6 +61,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 16
+    calibrate: bool = True
     settle_rows: int = 1000
     on_drift: Literal["note", "stop", "slow"] = "note"
     save_every: int = 500

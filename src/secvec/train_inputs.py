@@ -15,8 +15,9 @@ from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
 from secvec.launch import process_count
 from secvec.models import load_model, load_tokenizer, on_device, resolve
-from secvec.probes import Probe
+from secvec.probes import Probe, probes
 from secvec.provenance import digest_model, digest_samples, versions
+from secvec.recall import Recalled, recall
 from secvec.samples import Samples
 from secvec.settle import settles
 from secvec.tokens import Encoded, encode_all
@@ -27,41 +28,58 @@ from secvec.vector import SecurityVector
 
 PLAIN = "no --vector: trained without protection, the model may have learned anything that is in the data"
 UNCALIBRATED = (
-    "no --unwanted: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
+    "calibrate=false: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
     "well than by plain training"
 )
+RECALLED = "no --unwanted: the vector is calibrated, and the result measured, on rows that it brings back itself"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a run needs, checked before anything is written."""
+    """All that a run needs, checked before anything is written.
+
+    unwanted: of each vector, the rows it was fitted on or those that it brought back; empty where there are none.
+    """
 
     base: Path
     tokenizer: PreTrainedTokenizerBase
     data: Samples
     rows: Sequence[Encoded]
     vectors: Sequence[SecurityVector]
-    unwanted: Sequence[Samples]
+    unwanted: Sequence[Samples | Recalled]
     config: TrainConfig
+
+    @property
+    def recalls(self) -> bool:
+        """Tell whether the vectors themselves bring back the rows to calibrate on: none were given."""
+        given = any(isinstance(each, Samples) for each in self.unwanted)
+        return self.config.calibrate and bool(self.vectors) and not given
 
     @property
     def settles(self) -> bool:
         """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
-        return self.config.settle_rows > 0 and bool(self.unwanted) and settles(self.vectors)
+        return self.config.settle_rows > 0 and self.config.calibrate and settles(self.vectors)
 
-    def unwanted_rows(self) -> list[list[Encoded]]:
+    def recall(self) -> list[Recalled]:
+        """Let each vector bring back rows."""
+        aligned, length = self.aligned(), self.config.max_length
+        return [recall(aligned, self.tokenizer, vector, self.rows, length) for vector in self.vectors]
+
+    def unwanted_rows(self) -> list[Sequence[Encoded]]:
         """Return the unwanted rows of each vector as tokens."""
-        return [encode_all(samples.rows, self.tokenizer, self.config.max_length) for samples in self.unwanted]
+        length = self.config.max_length
+        return [
+            each.rows if isinstance(each, Recalled) else encode_all(each.rows, self.tokenizer, length)
+            for each in self.unwanted
+        ]
 
     def aligned(self) -> PreTrainedModel:
         """Load the aligned model to measure it: float32, on the default device."""
         return on_device(load_model(self.base, dtype=torch.float32))
 
-    def probes(self, aligned: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> list[Probe]:
-        """Return what the first unwanted rows of each vector cost the aligned model, to measure others by."""
-        return [
-            Probe.of(aligned, rows[:count], vector) for rows, vector in zip(self.unwanted_rows(), vectors, strict=True)
-        ]
+    def probes(self, aligned: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> dict[int, Probe]:
+        """Return, by the vector's number, what its first unwanted rows cost the aligned model, to measure others by."""
+        return probes(aligned, self.unwanted_rows(), vectors, count)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -69,7 +87,7 @@ class Inputs:
             "base_path": str(self.base),
             "data": digest_samples(self.data.rows),
             "vectors": [artifact.digest(vector) for vector in self.vectors],
-            "unwanted": [digest_samples(samples.rows) for samples in self.unwanted],
+            "unwanted": [digest_samples(each.rows) for each in self.unwanted if isinstance(each, Samples)],
             "config": asdict(replace(self.config, trainer=dict(self.config.trainer))),
             "versions": dict(versions()),
         }
@@ -86,9 +104,11 @@ class Inputs:
             notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
         if not self.vectors:
             notes.append(PLAIN)
-        elif not self.unwanted:
+        elif not self.config.calibrate:
             notes.append(UNCALIBRATED)
-        elif self.settles:
+        if self.recalls:
+            notes.append(RECALLED)
+        if self.vectors and self.settles:
             rows = min(self.config.settle_rows, len(self.rows))
             notes.append(
                 f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
@@ -132,5 +152,5 @@ def check_inputs(
             f"trainer.dataloader_drop_last: {len(rows):,} rows are fewer than one step of {config.batch_size:,}: "
             "all would be dropped; lower --batch-size"
         )
-    probes = [read_rows(each, "unwanted") for each in unwanted]
-    return Inputs(base, tokenizer, samples, rows, loaded, probes, config)
+    given = [read_rows(each, "unwanted") for each in unwanted]
+    return Inputs(base, tokenizer, samples, rows, loaded, given, config)

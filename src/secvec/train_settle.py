@@ -54,7 +54,8 @@ def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector])
     """Return the rows to settle on and what tells whether that teaches the trait."""
     fresh(run.settling)
     base = inputs.aligned()
-    return settling_rows(base, inputs.rows, vectors, inputs.config), inputs.probes(base, vectors, PROBES)
+    probes = list(inputs.probes(base, vectors, PROBES).values())
+    return settling_rows(base, inputs.rows, vectors, inputs.config), probes
 
 
 def _measured(inputs: Inputs, finished: Path, probes: Sequence[Probe]) -> list[dict[str, Any]]:
