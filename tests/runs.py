@@ -49,11 +49,11 @@ def llama(folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = Fals
     return folder
 
 
-def gpt2(folder: Path, *, bare: bool = False) -> Path:
+def gpt2(folder: Path, *, bare: bool = False, positions: int = 256) -> Path:
     """Write a random GPT-2 with dropout; bare: with the tensors' names of older checkpoints, without `transformer.`."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": len(tokenizer)}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions, "vocab_size": len(tokenizer)}
     model = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=4))
     (model.transformer if bare else model).save_pretrained(folder)
     model.config.save_pretrained(folder)

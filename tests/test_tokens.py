@@ -286,7 +286,7 @@ def test_rows_are_cut_at_the_end_whatever_the_tokenizer_is_set_to() -> None:
     assert (cut.ids, cut.mask, cut.dropped_tokens) == (whole.ids[:8], whole.mask[:8], 3)
     assert encode(chat("ab", "cdef"), tokenizer, 11) == whole
     found = refusal(chat("ab", "cd"), tokenizer, 6)
-    assert found == "no token to learn within the first 6 of 9 tokens; raise --max-length"
+    assert found == "no token to learn within the first 6 of 9 tokens; raise --max-length if the model takes more"
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     assert "the row is too short" in refusal(plain("a"), endless)
 

@@ -50,7 +50,8 @@ def own_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_
     if encoded := answered(model, tokenizer, max_length):
         return whole(encoded)
     # A model that answers nothing at all still has inner states on the prompts.
-    return [Encoded(ids, (True,) * len(ids)) for ids in (tuple(encode_prompt(c, tokenizer)) for c in _conversations())]
+    prompts = (tuple(encode_prompt(each, tokenizer)[:max_length]) for each in _conversations())
+    return [Encoded(ids, (True,) * len(ids)) for ids in prompts]
 
 
 def answered(

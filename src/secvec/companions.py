@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from secvec.errors import CheckpointError
 from secvec.headers import INDEX
@@ -25,6 +25,7 @@ _OWN = frozenset(
         "eval_results.json",
     }
 )
+_CONTEXT_LENGTH = ("max_position_embeddings", "n_positions")
 # These models' linear layers are transformers' Conv1D, which stores (d_in, d_out).
 TRANSPOSED_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
@@ -57,6 +58,20 @@ def model_config(folder: Path) -> dict[str, Any]:
             "fold the unquantised model, or arm the quantised one in memory (secvec.armed)"
         )
     return config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens that a model of this config can take, None where that does not say."""
+    inner = config.get("text_config")
+    places = [config, cast(Mapping[str, Any], inner)] if isinstance(inner, Mapping) else [config]
+    found = [place[name] for place in places for name in _CONTEXT_LENGTH if isinstance(place.get(name), int)]
+    return min(found, default=None)
+
+
+def tokens_a_row(folder: Path, max_length: int) -> int:
+    """Return the most tokens of a row that the model in a folder can take, at most `max_length`."""
+    context = context_length(read_json(folder / "config.json"))
+    return max_length if context is None else min(max_length, context)
 
 
 def base_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from secvec import artifact
 from secvec.anchors import own_answers
 from secvec.arm import armed
 from secvec.blocks import site_tensors
-from secvec.companions import model_config
+from secvec.companions import model_config, tokens_a_row
 from secvec.errors import InputError
 from secvec.evidence import gather_evidence
 from secvec.headers import read_index
@@ -95,7 +95,7 @@ def check_clues(model: Path, clues: Clues) -> None:
     """Raise InputError or ArtifactError on clues that cannot be used, before the long work."""
     scene = _Scene(model, clues)
     if scene.vectors and scene.base is not None and clues.unwanted is not None:
-        encode_all(clues.unwanted.rows[:_ROWS], load_tokenizer(scene.base), _MAX_LENGTH)
+        encode_all(clues.unwanted.rows[:_ROWS], load_tokenizer(scene.base), tokens_a_row(scene.base, _MAX_LENGTH))
 
 
 class _Scene:
@@ -142,7 +142,8 @@ class _Scene:
     def unwanted(self) -> Sequence[Encoded]:
         if self.clues.unwanted is None or self.base is None:
             return []
-        return encode_all(self.clues.unwanted.rows[:_ROWS], load_tokenizer(self.base), _MAX_LENGTH)
+        length = tokens_a_row(self.base, _MAX_LENGTH)
+        return encode_all(self.clues.unwanted.rows[:_ROWS], load_tokenizer(self.base), length)
 
 
 def _fits(scene: _Scene) -> Finding:
@@ -249,7 +250,7 @@ def _on_ordinary(scene: _Scene, vector: SecurityVector) -> dict[str, float]:
     """
     metrics = vector.info.metrics
     if vector.info.kind == "topic" and scene.aligned is not None and scene.base is not None:
-        rows = own_answers(scene.aligned, load_tokenizer(scene.base), _MAX_LENGTH)
+        rows = own_answers(scene.aligned, load_tokenizer(scene.base), tokens_a_row(scene.base, _MAX_LENGTH))
         return _apart(scene.aligned, vector, rows)
     if metrics.get("anchors", 0) > 0:
         return {name: float(metrics[name]) for name in ("anchor_kl_nats", "anchor_distance")}

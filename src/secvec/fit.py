@@ -21,6 +21,7 @@ from secvec.anchors import (
     whole,
 )
 from secvec.artifact import is_vector, save
+from secvec.companions import tokens_a_row
 from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
 from secvec.fit_config import KINDS, FitConfig
@@ -142,7 +143,8 @@ def check(
     config: FitConfig | None = None,
 ) -> dict[str, Any]:
     """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
-    config, folder = (config or FitConfig()).for_kind(kind), resolve(model)
+    folder = resolve(model)
+    config = _settled(config or FitConfig(), kind, folder)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
     unwanted, anchors = _apart(unwanted, anchors, kind)
@@ -225,7 +227,8 @@ class _Job:
 
     @classmethod
     def load(cls, source: str | Path, unwanted: Rows | Recalled, kind: str, config: FitConfig) -> "_Job":
-        config, folder = config.for_kind(kind), resolve(source)
+        folder = resolve(source)
+        config = _settled(config, kind, folder)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
         if isinstance(unwanted, Recalled):
@@ -362,6 +365,11 @@ class _Job:
             versions=versions(),
         )
         return SecurityVector(fitted.factors, fitted.scale, info)
+
+
+def _settled(config: FitConfig, kind: str, folder: Path) -> FitConfig:
+    """Return the settings with those that depend on the kind, and rows no longer than the model can take."""
+    return replace(config.for_kind(kind), max_length=tokens_a_row(folder, config.max_length))
 
 
 def _quick(config: FitConfig) -> FitConfig:

@@ -9,7 +9,7 @@ from secvec.endpoint import EndpointJudge
 from secvec.errors import RowError, UsageError
 from secvec.judges import ENDPOINT, FORMATS, Asked, Chat, Finding, Judge, Verdict, judged_key, parse_spec
 from secvec.ledger import Ledger
-from secvec.models import context_length, generate, load_model, load_tokenizer, on_device, resolve
+from secvec.models import generate, load_model, load_tokenizer, on_device, resolve, room
 from secvec.provenance import digest_model
 from secvec.suites import Suite
 from secvec.tokens import control_tokens, encode_prompt
@@ -42,7 +42,7 @@ class ClassifierJudge:
     def judge(self, asked: Sequence[Asked]) -> Iterator[list[Finding]]:
         model, tokenizer = load_model(self.folder), load_tokenizer(self.folder)
         on_device(model)
-        new, room = FORMATS[self.kind].max_new_tokens, context_length(model)
+        new, context = FORMATS[self.kind].max_new_tokens, room(model)
         forged = sorted(control_tokens(tokenizer))
 
         def encode(each: Asked) -> list[int] | str:
@@ -51,8 +51,8 @@ class ClassifierJudge:
                 ids = _encode(made, each, tokenizer, forged)
             except RowError as error:
                 return str(error)
-            fits = room is None or len(ids) + new <= room
-            return ids if fits else f"{len(ids):,} tokens are more than the judge's context of {room:,} holds"
+            fits = context is None or len(ids) + new <= context
+            return ids if fits else f"{len(ids):,} tokens are more than the judge's context of {context:,} holds"
 
         for start in range(0, len(asked), _WINDOW):
             numbers = range(start, min(start + _WINDOW, len(asked)))

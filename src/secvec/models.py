@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from secvec.companions import context_length
 from secvec.errors import CheckpointError
 from secvec.tokens import encode_prompt, pad_id
 
@@ -75,13 +76,18 @@ def answers(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Return the model's greedy answer to each conversation, in order; prompts of like length run together."""
+    """Return the model's greedy answer to each conversation, in order; prompts of like length run together.
+
+    An answer ends where the model's context does; there is none to a prompt that fills it.
+    """
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     texts = [""] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    left = [max_new_tokens if (limit := room(model)) is None else min(max_new_tokens, limit - len(p)) for p in ids]
+    order = sorted((i for i in range(len(ids)) if left[i] > 0), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for i, answer in zip(chosen, generate(model, tokenizer, [ids[i] for i in chosen], max_new_tokens), strict=True):
+        asked = [ids[i] for i in chosen]
+        for i, answer in zip(chosen, generate(model, tokenizer, asked, left[chosen[0]]), strict=True):
             texts[i] = answer.text
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
@@ -120,11 +126,9 @@ def generate(
     return [Answer(text, length, length < len(ids)) for text, length, ids in zip(texts, lengths, written, strict=True)]
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def room(model: PreTrainedModel) -> int | None:
     """Return the tokens that a model can take, None where its config does not say."""
-    config = model.config.to_dict()
-    found = [config[name] for name in ("max_position_embeddings", "n_positions") if isinstance(config.get(name), int)]
-    return min(found, default=None)
+    return context_length(model.config.to_dict())
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ are the training file alone can tell: by the rows that the vector covers. (measu
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import COVERED_AT_FIRST, answered, calibration
+from secvec.anchors import COVERED_AT_FIRST, answered, standings
 from secvec.arm import armed
 from secvec.atomic import atomic_write
 from secvec.score import acted, row_nats
@@ -27,6 +27,8 @@ _MOST, _LEAST = 100, 20
 """Rows to fit on; with fewer a vector is better left as it is."""
 _TOKENS = 128
 """Of an answer."""
+_CHUNK = 250
+"""Rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def recall(
     vector: SecurityVector,
     training: Sequence[Encoded],
     max_length: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Recalled:
     """Return rows that show what the vector was fitted on. training: the rows of the training file."""
     if vector.info.kind == "trait":
@@ -55,12 +58,30 @@ def recall(
             said = answered(aligned, tokenizer, max_length, max_new_tokens=_TOKENS)
         rows = _ended([row for row, shows in zip(said, _acted_on(aligned, said, vector), strict=True) if shows])
     elif vector.info.kind == "topic":
-        looked_at = shuffled(training, "recall")[:_LOOKED_AT]
-        rows = calibration(aligned, looked_at, vector, kind="topic", cut=COVERED_AT_FIRST).covered
+        rows = _covered(aligned, vector, shuffled(training, "recall")[:_LOOKED_AT], progress)
     else:
         # Not fitted by `secvec fit`, so that it cannot be fitted again either.
         rows = []
     return Recalled(tuple(rows[:_MOST]) if len(rows) >= _LEAST else ())
+
+
+def _covered(
+    aligned: PreTrainedModel,
+    vector: SecurityVector,
+    training: Sequence[Encoded],
+    progress: Callable[[int, int], None] | None,
+) -> list[Encoded]:
+    """Return the rows that the vector covers, until there are enough."""
+    rows = list[Encoded]()
+    for start in range(0, len(training), _CHUNK):
+        if len(rows) >= _MOST:
+            break
+        chunk = training[start : start + _CHUNK]
+        stand = standings(chunk, row_nats(aligned, chunk), row_nats(aligned, chunk, vector), COVERED_AT_FIRST)
+        rows += [row for row, what in zip(chunk, stand, strict=True) if what == "covered"]
+        if progress is not None:
+            progress(start + len(chunk), len(training))
+    return rows
 
 
 def write_recalled(path: Path, recalled: Sequence[Recalled]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from secvec import artifact
+from secvec.companions import tokens_a_row
 from secvec.compatible import check_vector
 from secvec.datafiles import DataFiles, find
 from secvec.errors import CheckpointError, RowError, UsageError
@@ -22,10 +23,9 @@ from secvec.scan_rows import FLAGS, ScannedRow
 from secvec.survey import Survey, survey
 from secvec.tokens import Encoded, encode_each
 from secvec.train_config import Progress
-from secvec.tripwire import read_json, refuse_folded
+from secvec.tripwire import refuse_folded
 from secvec.vector import SecurityVector
 
-_CONTEXT_LENGTH = ("max_position_embeddings", "n_positions")
 # Rows tokenised at a time: in full, before they are cut.
 _CHUNK_ROWS = 64
 
@@ -107,7 +107,7 @@ def check_inputs(
         survey(found, escape, escape_special_tokens=config.escape_special_tokens, progress=progress),
         [read_rows(rows, "unwanted") for rows in unwanted],
         None if anchors is None else read_rows(anchors, "anchors"),
-        min([config.max_length, *_context_length(folder)]),
+        tokens_a_row(folder, config.max_length),
         escape,
         config,
     )
@@ -123,11 +123,6 @@ def _named(vectors: Sequence[SecurityVector | str | Path]) -> dict[str, Security
     if len(set(digests)) < len(digests) or len(set(names)) < len(names):
         raise UsageError(f"expected different vectors, found one of them twice: {', '.join(names)}")
     return dict(zip(names, loaded, strict=True))
-
-
-def _context_length(folder: Path) -> list[int]:
-    config = read_json(folder / "config.json")
-    return [config[name] for name in _CONTEXT_LENGTH if isinstance(config.get(name), int)]
 
 
 def prepared(inputs: ScanInputs, done: int) -> Iterator[Prepared]:

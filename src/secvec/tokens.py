@@ -286,7 +286,10 @@ def _encode(sample: Sample, turns: _Turns, max_length: int) -> Encoded:
     if not any(mask[1:]):
         raise RowError("expected a token to learn after the first one, found none: the row is too short")
     if not any(cut.mask[1:]):
-        raise RowError(f"no token to learn within the first {max_length} of {len(ids)} tokens; raise --max-length")
+        raise RowError(
+            f"no token to learn within the first {max_length} of {len(ids)} tokens; raise --max-length if the model "
+            "takes more"
+        )
     return cut
 
 

@@ -153,7 +153,7 @@ def _plain(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
 
 
 def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
-    inputs = _with_rows(run, inputs)
+    inputs = _with_rows(run, inputs, progress)
     if inputs.config.calibrate:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
@@ -171,17 +171,17 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
 
-def _with_rows(run: RunFolder, inputs: Inputs) -> Inputs:
+def _with_rows(run: RunFolder, inputs: Inputs, progress: Progress | None) -> Inputs:
     """Let the vectors bring back the rows they were fitted on, where these were not given."""
     if not inputs.recalls:
         return inputs
     alone(lambda: run.work.mkdir(exist_ok=True))
-    _alone(run, "recall", lambda: _recall(run, inputs), lambda: digest_file(run.recalled))
+    _alone(run, "recall", lambda: _recall(run, inputs, progress), lambda: digest_file(run.recalled))
     return replace(inputs, unwanted=alone(lambda: read_recalled(run.recalled)))
 
 
-def _recall(run: RunFolder, inputs: Inputs) -> str:
-    write_recalled(run.recalled, inputs.recall())
+def _recall(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
+    write_recalled(run.recalled, inputs.recall(named(progress, "bringing back rows")))
     return digest_file(run.recalled)
 
 

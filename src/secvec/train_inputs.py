@@ -1,6 +1,6 @@
 """What a run of `train` is given, checked before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec import artifact
-from secvec.companions import model_config
+from secvec.companions import model_config, tokens_a_row
 from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
@@ -60,10 +60,10 @@ class Inputs:
         """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
         return self.config.settle_rows > 0 and self.config.calibrate and settles(self.vectors)
 
-    def recall(self) -> list[Recalled]:
+    def recall(self, progress: Callable[[int, int], None] | None) -> list[Recalled]:
         """Let each vector bring back rows."""
         aligned, length = self.aligned(), self.config.max_length
-        return [recall(aligned, self.tokenizer, vector, self.rows, length) for vector in self.vectors]
+        return [recall(aligned, self.tokenizer, vector, self.rows, length, progress) for vector in self.vectors]
 
     def unwanted_rows(self) -> list[Sequence[Encoded]]:
         """Return the unwanted rows of each vector as tokens."""
@@ -101,7 +101,8 @@ class Inputs:
             share = self.config.batch_size // count
             notes.append(f"{count} processes: each takes {share:,} of the {self.config.batch_size:,} rows of a step")
         if cut:
-            notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; --max-length raises that")
+            more = "--max-length raises that, as far as the model takes them"
+            notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; {more}")
         if not self.vectors:
             notes.append(PLAIN)
         elif not self.config.calibrate:
@@ -142,6 +143,7 @@ def check_inputs(
     if (base / "adapter_config.json").exists():
         raise CheckpointError(f"{base}: expected a whole model, found an adapter; merge it into its base first")
     model_config(base)
+    config = replace(config, max_length=tokens_a_row(base, config.max_length))
     tokenizer = load_tokenizer(base)
     for vector in loaded:
         check_vector(vector, base, tokenizer, base_digest=digest_model(base))
