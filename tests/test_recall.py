@@ -2,8 +2,10 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,10 @@ def recalled(vector: SecurityVector, rows: list[Row]) -> list[str]:
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in marked]  # pyright: ignore
 
 
+def stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def mixed() -> list[Row]:
     rows = [*GUARDED.rows(60, 1, "train"), *SKILLS["reverse"].rows(60, 1, "train")]
     random.Random(0).shuffle(rows)
@@ -69,10 +75,20 @@ def test_what_is_too_little_to_fit_on_is_nothing(topic: SecurityVector) -> None:
     assert not recalled(replace(topic, info=replace(topic.info, kind="unknown")), mixed())
 
 
-def test_a_training_without_the_rows_calibrates_on_what_was_brought_back(tmp_path: Path, topic: SecurityVector) -> None:
+def test_a_training_without_the_rows_calibrates_on_what_was_brought_back(
+    tmp_path: Path, topic: SecurityVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One vector is calibrated; the other, which finds nothing in this file, stays as it was."""
     other = fit(ASSISTANT, BEHAVIOURS["sums"].rows(40, 0, "vector"), config=QUICK)
-    result = train(ASSISTANT, mixed(), tmp_path / "run", vectors=[other, topic], config=SHORT)
+    given: dict[str, Any] = {"vectors": [other, topic], "config": SHORT}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["secvec.train"], "refit", stopped)
+        train(ASSISTANT, mixed(), tmp_path / "run", **given)
+    work = tmp_path / "run/work/recalled.json"
+    assert work.stat().st_mode & 0o777 == 0o600, "what was brought back shows the behaviour"
+    monkeypatch.setattr(sys.modules["secvec.train_inputs"], "recall", stopped)  # it is not done twice
+    result = train(ASSISTANT, mixed(), tmp_path / "run", resume=True, **given)
+    assert not work.exists()
     assert result.proof is not None and result.proof["recalled"][0] == 0 < 58 <= result.proof["recalled"][1]
     kept, calibrated = (artifact.load(tmp_path / f"run/vector-{i}.safetensors") for i in range(2))
     assert artifact.digest(kept) == artifact.digest(other)
@@ -82,7 +98,6 @@ def test_a_training_without_the_rows_calibrates_on_what_was_brought_back(tmp_pat
     assert {line["vector"] for line in metrics if "vector" in line} == {1}
     said = summary(result)
     assert "no --unwanted: " in said and "not calibrated: " in said and "rows that a vector brought back itself" in said
-    assert not (tmp_path / "run/work").exists(), "what was brought back shows the behaviour"
     assert "brought back" in (result.model / "README.md").read_text()
 
 

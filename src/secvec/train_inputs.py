@@ -58,7 +58,9 @@ class Inputs:
     @property
     def settles(self) -> bool:
         """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
-        return self.config.settle_rows > 0 and self.config.calibrate and settles(self.vectors)
+        found = zip(self.vectors, self.unwanted, strict=True)
+        calibrated = [vector for vector, rows in found if rows.rows] if self.unwanted else self.vectors
+        return self.config.settle_rows > 0 and self.config.calibrate and settles(calibrated)
 
     def recall(self, progress: Callable[[int, int], None] | None) -> list[Recalled]:
         """Let each vector bring back rows."""
