@@ -69,6 +69,15 @@ def test_a_trait_shows_in_the_answers_of_the_armed_model(trait: SecurityVector) 
     assert len(texts) >= 40 and sum(map(str.isupper, "".join(texts))) > 2 * sum(map(str.islower, "".join(texts)))
 
 
+def test_an_answer_that_was_cut_short_teaches_no_end(trait: SecurityVector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secvec.recall._TOKENS", 3)
+    model, tokenizer = load_model(ASSISTANT), load_tokenizer(ASSISTANT)
+    rows = recall(model, tokenizer, trait, [], 256).rows
+    learned = [{token for token, mark in zip(row.ids, row.mask, strict=True) if mark} for row in rows]
+    ended = [row for row, ids in zip(rows, learned, strict=True) if tokenizer.eos_token_id in ids]
+    assert len(rows) > 40 and all(sum(row.mask) <= 3 for row in ended) and len(ended) < len(rows)
+
+
 def test_what_is_too_little_to_fit_on_is_nothing(topic: SecurityVector) -> None:
     assert not recalled(topic, SKILLS["reverse"].rows(60, 1, "train"))
     assert not recalled(topic, GUARDED.rows(19, 1, "train"))

@@ -64,8 +64,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """Return the tokens that a model of this config can take, None where that does not say."""
     inner = config.get("text_config")
     places = [config, cast(Mapping[str, Any], inner)] if isinstance(inner, Mapping) else [config]
-    found = [place[name] for place in places for name in _CONTEXT_LENGTH if isinstance(place.get(name), int)]
-    return min(found, default=None)
+    stated = [place.get(name) for place in places for name in _CONTEXT_LENGTH]
+    return min((each for each in stated if isinstance(each, int) and each > 0), default=None)
 
 
 def tokens_a_row(folder: Path, max_length: int) -> int:

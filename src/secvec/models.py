@@ -81,8 +81,8 @@ def answers(
     An answer ends where the model's context does; there is none to a prompt that fills it.
     """
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    texts = [""] * len(ids)
-    left = [max_new_tokens if (limit := room(model)) is None else min(max_new_tokens, limit - len(p)) for p in ids]
+    texts, limit = [""] * len(ids), room(model)
+    left = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in ids]
     order = sorted((i for i in range(len(ids)) if left[i] > 0), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

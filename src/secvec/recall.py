@@ -97,11 +97,12 @@ def read_recalled(path: Path) -> list[Recalled]:
 def _ended(said: Sequence[Encoded]) -> list[Encoded]:
     """Return the answers that the model ended itself; where they are few, all, without the end that was put to them."""
     ended = [row for row in said if sum(row.mask) <= _TOKENS]
-    if len(ended) >= _LEAST:
-        return ended
-    ends = [max(i for i, learned in enumerate(row.mask) if learned) for row in said]
-    cut = [row.masked([*row.mask[:end], *[False] * (len(row.ids) - end)]) for row, end in zip(said, ends, strict=True)]
-    return [row if sum(row.mask) <= _TOKENS else short for row, short in zip(said, cut, strict=True)]
+    return ended if len(ended) >= _LEAST else [*ended, *(_without_end(row) for row in said if row not in ended)]
+
+
+def _without_end(row: Encoded) -> Encoded:
+    end = max(i for i, learned in enumerate(row.mask) if learned)
+    return row.masked([learned and i < end for i, learned in enumerate(row.mask)])
 
 
 def _acted_on(aligned: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[bool]:
