@@ -14,6 +14,7 @@ from benchmarks.testbed.rows import Row, answer_of
 from benchmarks.testbed.skills import SKILLS
 from secvec import artifact
 from secvec.demo import assistant_folder
+from secvec.errors import WeakVectorError
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
@@ -108,6 +109,20 @@ def test_a_training_without_the_rows_calibrates_on_what_was_brought_back(
     said = summary(result)
     assert "no --unwanted: " in said and "not calibrated: " in said and "rows that a vector brought back itself" in said
     assert "brought back" in (result.model / "README.md").read_text()
+
+
+def test_where_what_was_brought_back_makes_no_vector_the_given_one_is_used(
+    tmp_path: Path, topic: SecurityVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weak(*_: object, **__: object) -> None:
+        raise WeakVectorError("does not work")
+
+    monkeypatch.setattr(sys.modules["secvec.train"], "refit", weak)
+    result = train(ASSISTANT, mixed(), tmp_path / "run", vectors=[topic], config=SHORT)
+    assert result.proof is not None and result.proof["recalled"] == [0] and "not calibrated: " in summary(result)
+    assert result.proof["vector"]["before"] == [artifact.digest(topic)] and len(result.proof["unwanted"]) == 1
+    with pytest.raises(WeakVectorError):
+        train(ASSISTANT, mixed(), tmp_path / "given", vectors=[topic], unwanted=[mixed()], config=SHORT)
 
 
 def test_a_vector_can_be_used_as_it_is(tmp_path: Path, topic: SecurityVector) -> None:

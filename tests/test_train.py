@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import chat, rows, write_rows
+from models import rows, write_rows
 from runs import CONFIG, UNWANTED, Run, attempt, fitted_vector, gpt2, limit_files, llama, main, random_vector, started
 from safetensors.torch import load_file
 
@@ -30,8 +30,6 @@ from secvec.errors import (
     SecvecError,
     UsageError,
 )
-from secvec.fit import fit
-from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
@@ -98,17 +96,6 @@ def test_an_adapter_names_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = load_file(result.model / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
-
-
-def test_rows_longer_than_the_model_takes_are_cut_to_that(tmp_path: Path) -> None:
-    """A GPT-2 has no inner states for a position beyond its last: torch would say "index out of range"."""
-    base = gpt2(tmp_path / "base", positions=96)
-    long = [chat(f"say {i}", "the quick brown fox jumps over the lazy dog " * 3) for i in range(24)]
-    vector = fit(base, long[:8], config=FitConfig(epochs=1, rank=2), allow_weak=True)
-    assert vector.info.fit["max_length"] == 96
-    config = replace(QUICK, calibrate=False)
-    result = train(base, long, tmp_path / "run", vectors=[vector], config=config)
-    assert "24 rows were cut at 96 tokens" in summary(result)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

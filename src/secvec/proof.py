@@ -169,7 +169,7 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
 
 def _recalled_line(rows: int) -> str:
     if rows == 0:
-        return "not calibrated: a vector brings back too few rows of what it was fitted on (--unwanted gives them)"
+        return "not calibrated: what a vector brings back is too little to fit it on again (--unwanted gives its rows)"
     return f"calibrated and measured on {rows:,} rows that a vector brought back itself"
 
 

@@ -15,7 +15,7 @@ from secvec import artifact
 from secvec.atomic import write_json
 from secvec.card import model_card
 from secvec.drift_record import drift_of
-from secvec.errors import CheckpointError, MissingExtraError
+from secvec.errors import CheckpointError, MissingExtraError, WeakVectorError
 from secvec.fit import Rows, refit
 from secvec.fold import fold
 from secvec.processes import alone
@@ -191,15 +191,21 @@ def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> Non
         if not unwanted.rows:
             alone(partial(artifact.save, vector, run.vector(i)))
             continue
-        calibrated = refit(
-            vector,
-            inputs.base,
-            unwanted=unwanted,
-            calibrate=inputs.data,
-            max_length=inputs.config.max_length,
-            state=run.work / f"calibration-{i}.state",
-            progress=progress,
-        )
+        try:
+            calibrated = refit(
+                vector,
+                inputs.base,
+                unwanted=unwanted,
+                calibrate=inputs.data,
+                max_length=inputs.config.max_length,
+                state=run.work / f"calibration-{i}.state",
+                progress=progress,
+            )
+        except WeakVectorError:
+            if not inputs.recalls:
+                raise
+            # What it brought back is too little for a vector that works; the one given does.
+            calibrated = vector
         alone(partial(artifact.save, calibrated, run.vector(i)))
 
 
@@ -278,12 +284,18 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         settled=run.settled if inputs.settles else None,
         given=inputs.vectors,
         covered=read_covered(run.covered),
-        recalled=[len(each.rows) for each in inputs.unwanted] if inputs.recalls else None,
+        recalled=_recalled_rows(inputs, vectors) if inputs.recalls else None,
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )
     run.proof.unlink(missing_ok=True)
     write_json(run.proof, prove(evidence))
     return _proved(run, inputs)
+
+
+def _recalled_rows(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[int]:
+    """Return on how many rows each vector was calibrated that it had brought back; 0 for one that is as it was."""
+    found = zip(inputs.unwanted, inputs.vectors, vectors, strict=True)
+    return [len(rows.rows) if artifact.digest(given) != artifact.digest(used) else 0 for rows, given, used in found]
 
 
 def _proved(run: RunFolder, inputs: Inputs) -> str:
