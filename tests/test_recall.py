@@ -19,6 +19,7 @@ from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.recall import Recalled, recall
+from secvec.report import report
 from secvec.samples import from_rows
 from secvec.tokens import encode_all
 from secvec.train import TrainConfig, summary, train
@@ -112,15 +113,23 @@ def test_a_training_without_the_rows_calibrates_on_what_was_brought_back(
 
 
 def test_where_what_was_brought_back_makes_no_vector_the_given_one_is_used(
-    tmp_path: Path, topic: SecurityVector, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, topic: SecurityVector, trait: SecurityVector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And nothing says that it was calibrated, nor is the model settled by it."""
+
     def weak(*_: object, **__: object) -> None:
         raise WeakVectorError("does not work")
 
     monkeypatch.setattr(sys.modules["secvec.train"], "refit", weak)
-    result = train(ASSISTANT, mixed(), tmp_path / "run", vectors=[topic], config=SHORT)
-    assert result.proof is not None and result.proof["recalled"] == [0] and "not calibrated: " in summary(result)
-    assert result.proof["vector"]["before"] == [artifact.digest(topic)] and len(result.proof["unwanted"]) == 1
+    config, given = replace(SHORT, settle_rows=16), [topic, trait]
+    result = train(ASSISTANT, mixed(), tmp_path / "run", vectors=given, config=config)
+    assert result.proof is not None and result.proof["recalled"] == [0, 0] and len(result.proof["unwanted"]) == 2
+    assert result.proof["vector"]["before"] == [artifact.digest(each) for each in given]
+    assert not {"settled", "not_settled"} & result.proof.keys() and "settle" not in result.seconds
+    assert "not calibrated: " in summary(result)
+    assert "none: not calibrated" in (result.model / "README.md").read_text()
+    report([tmp_path / "run"], tmp_path / "report.html")
+    assert "none: not calibrated" in (tmp_path / "report.md").read_text()
     with pytest.raises(WeakVectorError):
         train(ASSISTANT, mixed(), tmp_path / "given", vectors=[topic], unwanted=[mixed()], config=SHORT)
 

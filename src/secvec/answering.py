@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec import artifact
 from secvec.arm import armed
+from secvec.companions import context_length
 from secvec.errors import CheckpointError, RowError
 from secvec.ledger import Ledger
-from secvec.models import Answer, generate, load_model, load_tokenizer, on_device, resolve, room
+from secvec.models import Answer, generate, load_model, load_tokenizer, on_device, resolve
 from secvec.provenance import digest_chat_template, digest_file, digest_model, digest_tokenizer
 from secvec.runfolder import RunFolder
 from secvec.samples import Message, Sample, Source
@@ -123,7 +124,7 @@ class _Asked:
 
     @property
     def context(self) -> int:
-        return room(self.model) or _NO_LIMIT
+        return context_length(self.model.config.to_dict()) or _NO_LIMIT
 
     def entries(self, questions: Sequence[Question]) -> Iterator[list[Entry]]:
         open_questions = [question for question in questions if question.choice is None]

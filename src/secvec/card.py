@@ -90,9 +90,9 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         f"| logits against W_base + U, {proof['logits']['prompts']} prompts | "
         f"apart by at most {proof['logits']['largest_difference']:.2g} |",
     ]
-    if recalled := proof.get("recalled"):
-        found = ", ".join(f"{rows:,}" for rows in recalled)
-        lines.append(f"| unwanted rows that the vector brought back, none being given | {found} |")
+    for number, rows in enumerate(proof.get("recalled", ()), 1):
+        found = f"{rows:,}" if rows else "none: not calibrated"
+        lines.append(f"| vector {number}: calibrated on rows that it brought back | {found} |")
     lines += [
         f"| loss of {probe['rows']} unwanted rows where the vector acts, nats/token | "
         f"aligned {probe['aligned_nats']:.2f}, with the vector {probe['armed_nats']:.2f}, "

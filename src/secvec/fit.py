@@ -144,7 +144,7 @@ def check(
 ) -> dict[str, Any]:
     """Check all that `fit` would use and say what it would do; trains and writes nothing. Raises as `fit` does."""
     folder = resolve(model)
-    config = _settled(config or FitConfig(), kind, folder)
+    config = _for_model(config or FitConfig(), kind, folder)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
     unwanted, anchors = _apart(unwanted, anchors, kind)
@@ -228,7 +228,7 @@ class _Job:
     @classmethod
     def load(cls, source: str | Path, unwanted: Rows | Recalled, kind: str, config: FitConfig) -> "_Job":
         folder = resolve(source)
-        config = _settled(config, kind, folder)
+        config = _for_model(config, kind, folder)
         refuse_folded(folder, "fit on")
         tokenizer, base = load_tokenizer(folder), digest_model(folder)
         if isinstance(unwanted, Recalled):
@@ -367,7 +367,7 @@ class _Job:
         return SecurityVector(fitted.factors, fitted.scale, info)
 
 
-def _settled(config: FitConfig, kind: str, folder: Path) -> FitConfig:
+def _for_model(config: FitConfig, kind: str, folder: Path) -> FitConfig:
     """Return the settings with those that depend on the kind, and rows no longer than the model can take."""
     return replace(config.for_kind(kind), max_length=tokens_a_row(folder, config.max_length))
 

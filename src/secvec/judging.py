@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secvec.companions import context_length
 from secvec.endpoint import EndpointJudge
 from secvec.errors import RowError, UsageError
 from secvec.judges import ENDPOINT, FORMATS, Asked, Chat, Finding, Judge, Verdict, judged_key, parse_spec
 from secvec.ledger import Ledger
-from secvec.models import generate, load_model, load_tokenizer, on_device, resolve, room
+from secvec.models import generate, load_model, load_tokenizer, on_device, resolve
 from secvec.provenance import digest_model
 from secvec.suites import Suite
 from secvec.tokens import control_tokens, encode_prompt
@@ -42,7 +43,7 @@ class ClassifierJudge:
     def judge(self, asked: Sequence[Asked]) -> Iterator[list[Finding]]:
         model, tokenizer = load_model(self.folder), load_tokenizer(self.folder)
         on_device(model)
-        new, context = FORMATS[self.kind].max_new_tokens, room(model)
+        new, context = FORMATS[self.kind].max_new_tokens, context_length(model.config.to_dict())
         forged = sorted(control_tokens(tokenizer))
 
         def encode(each: Asked) -> list[int] | str:

@@ -81,7 +81,7 @@ def answers(
     An answer ends where the model's context does; there is none to a prompt that fills it.
     """
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    texts, limit = [""] * len(ids), room(model)
+    texts, limit = [""] * len(ids), context_length(model.config.to_dict())
     left = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt)) for prompt in ids]
     order = sorted((i for i in range(len(ids)) if left[i] > 0), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), batch_size):
@@ -124,11 +124,6 @@ def generate(
     texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
     lengths = [ids.index(eos) if eos in ids else len(ids) for ids in written]
     return [Answer(text, length, length < len(ids)) for text, length, ids in zip(texts, lengths, written, strict=True)]
-
-
-def room(model: PreTrainedModel) -> int | None:
-    """Return the tokens that a model can take, None where its config does not say."""
-    return context_length(model.config.to_dict())
 
 
 def _first_line(error: BaseException) -> str:

@@ -60,7 +60,7 @@ class Probe:
         return _mean(torch.cat(row_nats(model, self.rows)), self.tokens)
 
 
-def probes(
+def probes_of(
     base: PreTrainedModel, unwanted: Sequence[Sequence[Encoded]], vectors: Sequence[SecurityVector], count: int
 ) -> dict[int, Probe]:
     """Return the probe of each vector's first `count` unwanted rows, by its number; none where it has no rows."""

@@ -21,8 +21,7 @@ from secvec.origin import vector_path
 from secvec.peft_format import CONFIG as ADAPTER_CONFIG
 from secvec.peft_format import WEIGHTS as ADAPTER
 from secvec.peft_format import from_peft
-from secvec.probes import SHARE, Probe
-from secvec.probes import probes as probes_of
+from secvec.probes import SHARE, Probe, probes_of
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.tokens import Batch, Encoded, collate

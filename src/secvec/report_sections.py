@@ -155,6 +155,9 @@ def _checks(proof: Proof) -> list[list[str]]:
         ["digest of the base", proof.models.get("base", "")],
         ["digest of the result", proof.result],
     ]
+    for number, count in enumerate(proof.recalled or (), 1):
+        found = f"{count:,}" if count else "none: not calibrated"
+        rows.append([f"vector {number}: calibrated on rows that it brought back", found])
     for found in proof.trait_rows or ():
         rows += [
             ["training rows that show the trait", f"{found.shown:,} of {found.rows:,} looked at"],
@@ -185,12 +188,8 @@ def _learned(inputs: Inputs) -> Section:
         for run in runs
         if run.proof and run.proof.unwanted
     ]
-    recalled = [str(run.folder) for run in runs if run.proof and run.proof.recalled is not None]
-    if recalled:
-        words.append(
-            f"In {', '.join(recalled)} no such rows were given: these are what the vectors, which were calibrated on "
-            "them, brought back themselves."
-        )
+    if recalled := [str(run.folder) for run in runs if run.proof and run.proof.recalled is not None]:
+        words.append(f"In {', '.join(recalled)} no such rows were given: these the vectors brought back themselves.")
     asks = "not measured: give `secvec train` the rows that the vector was fitted on, `--unwanted FILE`"
     return Section(
         "Learned fractions of the unwanted rows", words if tables else (), tables, missing=() if tables else [asks]

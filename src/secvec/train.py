@@ -33,6 +33,7 @@ try:
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, proof_lines, prove
     from secvec.recall import read_recalled, write_recalled
+    from secvec.settle import settles
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.train_settle import settle
     from secvec.trainer import Job
@@ -164,7 +165,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
         run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
     )
     _alone(run, "unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
-    if inputs.settles:
+    if _settles(inputs, vectors):
         _together(
             run, "settle", lambda: settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs)
         )
@@ -281,7 +282,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
-        settled=run.settled if inputs.settles else None,
+        settled=run.settled if _settles(inputs, vectors) else None,
         given=inputs.vectors,
         covered=read_covered(run.covered),
         recalled=_recalled_rows(inputs, vectors) if inputs.recalls else None,
@@ -295,7 +296,17 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
 def _recalled_rows(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[int]:
     """Return on how many rows each vector was calibrated that it had brought back; 0 for one that is as it was."""
     found = zip(inputs.unwanted, inputs.vectors, vectors, strict=True)
-    return [len(rows.rows) if artifact.digest(given) != artifact.digest(used) else 0 for rows, given, used in found]
+    return [len(rows.rows) if _was_calibrated(given, used) else 0 for rows, given, used in found]
+
+
+def _settles(inputs: Inputs, vectors: Sequence[SecurityVector]) -> bool:
+    """Tell whether to train a little further without the vectors: only calibrated ones tell where they acted."""
+    pairs = zip(inputs.vectors, vectors, strict=True)
+    return inputs.settles and settles([used for given, used in pairs if _was_calibrated(given, used)])
+
+
+def _was_calibrated(given: SecurityVector, used: SecurityVector) -> bool:
+    return artifact.digest(given) != artifact.digest(used)
 
 
 def _proved(run: RunFolder, inputs: Inputs) -> str:

@@ -15,7 +15,7 @@ from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
 from secvec.launch import process_count
 from secvec.models import load_model, load_tokenizer, on_device, resolve
-from secvec.probes import Probe, probes
+from secvec.probes import Probe, probes_of
 from secvec.provenance import digest_model, digest_samples, versions
 from secvec.recall import Recalled, recall
 from secvec.samples import Samples
@@ -31,7 +31,7 @@ UNCALIBRATED = (
     "calibrate=false: the vector was used as it is, not calibrated for this file; the wanted skill may be learned less "
     "well than by plain training"
 )
-RECALLED = "no --unwanted: the vector is calibrated, and the result measured, on rows that it brings back itself"
+RECALLED = "no --unwanted: in place of these rows, what the vector itself brings back"
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,8 @@ class Inputs:
 
     @property
     def settles(self) -> bool:
-        """Tell whether the result is trained a little further without the vectors: only calibrated ones tell where."""
-        found = zip(self.vectors, self.unwanted, strict=True)
-        calibrated = [vector for vector, rows in found if rows.rows] if self.unwanted else self.vectors
-        return self.config.settle_rows > 0 and self.config.calibrate and settles(calibrated)
+        """Tell whether the result is to be trained a little further without the vectors, once they are calibrated."""
+        return self.config.settle_rows > 0 and self.config.calibrate and settles(self.vectors)
 
     def recall(self, progress: Callable[[int, int], None] | None) -> list[Recalled]:
         """Let each vector bring back rows."""
@@ -81,7 +79,7 @@ class Inputs:
 
     def probes(self, aligned: PreTrainedModel, vectors: Sequence[SecurityVector], count: int) -> dict[int, Probe]:
         """Return, by the vector's number, what its first unwanted rows cost the aligned model, to measure others by."""
-        return probes(aligned, self.unwanted_rows(), vectors, count)
+        return probes_of(aligned, self.unwanted_rows(), vectors, count)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -114,7 +112,7 @@ class Inputs:
         if self.vectors and self.settles:
             rows = min(self.config.settle_rows, len(self.rows))
             notes.append(
-                f"a trait: once the vector is out, trained further on up to {rows:,} rows said anew without it"
+                f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows said anew without it"
             )
         found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}
         return (*notes, *(f"no site: {each}" for each in sorted(found)))
