@@ -28,6 +28,7 @@ LAYERS = {
     "L2": {  # effects: files, hooks, models
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *(
+            "frames",
             "peft_format",
             "ranges",
             "recall",

@@ -15,6 +15,7 @@ from secvec.demo import assistant_folder
 from secvec.errors import ProofError
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
+from secvec.frames import Frame
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import encode_all
@@ -29,7 +30,7 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     vector = fit(folder, caps.rows(100, 0, "vector"), kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(300, 3, "train")
     mixed = [caps.styled(row) if i >= 150 else row for i, row in enumerate(calm)]
-    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector)
+    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), ())
     aligned = found.learned(model)
     assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == 0
     with armed(model, vector):

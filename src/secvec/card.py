@@ -102,6 +102,8 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
     for found in proof.get("trait_rows", ()):
         lines.append(f"| training rows that show the trait | {found['shown']:,} of {found['rows']:,} looked at |")
         lines.append(f"| of those, said so by this model | {found['said']:,} |")
+    if taken := proof.get("taken_out"):
+        lines.append(f"| rows trained on without what the trait puts around answers | {taken['rows']:,} |")
     if covered := proof.get("covered"):
         lines.append(f"| rows that the vector covers | {covered['covered_rows']:,} of {covered['rows']:,} |")
         lines.append(f"| of those, not trained on at all | {covered['left_out_rows']:,} |")

@@ -25,6 +25,7 @@ from secvec.companions import tokens_a_row
 from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
 from secvec.fit_config import KINDS, FitConfig
+from secvec.frames import Frame, frame, unframed
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -170,7 +171,8 @@ def refit(
     """Calibrate a vector for one training file: fit it again with what it makes of that file's rows.
 
     `vector` itself says on which tokens it acts; its kind and fit settings are kept. unwanted: the rows that it was
-    fitted on, or those that it brought back. max_length: tokens a row, as in the training to come.
+    fitted on, or those that it brought back. max_length: tokens a row, as in the training to come, which is to take out
+    of them what the trait puts around answers (`frames_of` the result).
 
     Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
@@ -185,7 +187,11 @@ def refit(
     # A vector that was weak from the start was allowed by its user.
     weak = bool(vector.info.metrics.get("weak", False))
     ordinary = job.ordinary_anchors([], vector)
-    return job.calibrated(vector, job.training(calibrate), ordinary, state, progress, allow_weak=weak)
+    around = job.frame(vector)
+    training = unframed(job.training(calibrate), [around], job.tokenizer.all_special_ids)
+    calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
+    metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
+    return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
 
 
 def read_rows(rows: Rows, name: str) -> Samples:
@@ -323,6 +329,11 @@ class _Job:
         alike: Tensor | None,
     ) -> Calibration:
         return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
+
+    def frame(self, first: SecurityVector) -> Frame:
+        if self.kind != "trait":
+            return Frame()
+        return of_main(frame(self.model, self.tokenizer, first, self.unwanted))
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None

@@ -1,6 +1,6 @@
 """The proof of a defended model: the vector was there, never changed, and is gone; what the model learned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ from secvec.arm import armed, canary
 from secvec.covered import CoveredRow
 from secvec.drift_record import drift_line
 from secvec.errors import InputError, ProofError
+from secvec.frames import Frame, frames_of, unframed
 from secvec.headers import read_index
-from secvec.models import load_model
+from secvec.models import load_model, load_tokenizer
 from secvec.origin import vector_path
 from secvec.peft_format import CONFIG as ADAPTER_CONFIG
 from secvec.peft_format import WEIGHTS as ADAPTER
@@ -101,7 +102,13 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
     probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
-    shown = [TraitRows.of(base, evidence.rows, given) for given in evidence.given if given.info.kind == "trait"]
+    special = load_tokenizer(evidence.base).all_special_ids
+    around = frames_of(evidence.vectors)
+    shown = [
+        TraitRows.of(base, evidence.rows, given, frame, special)
+        for given, frame in zip(evidence.given, around, strict=bool(evidence.given))
+        if given.info.kind == "trait"
+    ]
     expected = _expected_logits(evidence, base, batch)
     del base
     result = load_finished(evidence.method, evidence.base, evidence.result)
@@ -121,6 +128,8 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         document["recalled"] = list(evidence.recalled)
     if learned:
         document["trait_rows"] = [judged_rows(each) for each in learned]
+    if taken := _taken_out(evidence.rows, around, special):
+        document["taken_out"] = taken
     if evidence.covered:
         document["covered"] = _covered(evidence)
     if evidence.drift is not None:
@@ -148,6 +157,11 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"training rows that show the trait: {found['shown']:,} of {found['rows']:,} looked at; the model says "
             f"{found['said']:,} of them so"
         )
+    if taken := proof.get("taken_out"):
+        lines.append(
+            f"taken out before training: what the trait puts around answers, {taken['tokens']:,} tokens in "
+            f"{taken['rows']:,} rows"
+        )
     if covered := proof.get("covered"):
         lines.append(
             f"covered by the vector: {covered['covered_rows']:,} of {covered['rows']:,} rows; not trained on: "
@@ -170,6 +184,14 @@ def _recalled_line(rows: int) -> str:
     if rows == 0:
         return "not calibrated: what a vector brings back is too little to fit it on again (--unwanted gives its rows)"
     return f"calibrated and measured on {rows:,} rows that a vector brought back itself"
+
+
+def _taken_out(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collection[int]) -> dict[str, int]:
+    """Count the rows that had what a trait puts around answers, and those tokens; nothing where none had."""
+    left, whole = unframed(rows, frames, special), {id(row) for row in rows}
+    count = len(rows) - sum(id(row) in whole for row in left)
+    tokens = sum(len(row.ids) for row in rows) - sum(len(row.ids) for row in left)
+    return {"rows": count, "tokens": tokens} if count else {}
 
 
 def _covered(evidence: Evidence) -> dict[str, int]:

@@ -115,6 +115,14 @@ class Covered:
 
 
 @checked(frozen=True, config=_FINITE)
+class TakenOut:
+    """What a trait puts around answers, taken out of the training rows (`secvec.frames`)."""
+
+    rows: int
+    tokens: int
+
+
+@checked(frozen=True, config=_FINITE)
 class Learned:
     """Training rows that show a trait, and whether the model says them so (`secvec.trait_rows`)."""
 
@@ -136,6 +144,7 @@ class Proof:
     unwanted: list[Probe]
     settled: Settled | None = None
     not_settled: str | None = None
+    taken_out: TakenOut | None = None
     covered: Covered | None = None
     recalled: list[int] | None = None
     trait_rows: list[Learned] | None = None

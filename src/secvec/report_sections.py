@@ -163,6 +163,8 @@ def _checks(proof: Proof) -> list[list[str]]:
             ["training rows that show the trait", f"{found.shown:,} of {found.rows:,} looked at"],
             ["of those, said so by the model", f"{found.said:,}"],
         ]
+    if taken := proof.taken_out:
+        rows.append(["rows trained on without what the trait puts around answers", f"{taken.rows:,}"])
     if covered := proof.covered:
         rows += [
             ["rows that the vector covers", f"{covered.covered_rows:,} of {covered.rows:,}"],

@@ -237,7 +237,7 @@ def _train(
     alone(lambda: fresh(run.trained))
     job = Job(
         source,
-        trained_rows(inputs.rows, alone(lambda: read_covered(run.covered))),
+        inputs.unframed(trained_rows(inputs.rows, alone(lambda: read_covered(run.covered))), vectors),
         inputs.tokenizer,
         inputs.config,
         run.checkpoints,

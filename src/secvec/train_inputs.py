@@ -13,6 +13,7 @@ from secvec.companions import model_config, tokens_a_row
 from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, UsageError
 from secvec.fit import Rows, read_rows
+from secvec.frames import frames_of, unframed
 from secvec.launch import process_count
 from secvec.models import load_model, load_tokenizer, on_device, resolve
 from secvec.probes import Probe, probes_of
@@ -72,6 +73,10 @@ class Inputs:
             each.rows if isinstance(each, Recalled) else encode_all(each.rows, self.tokenizer, length)
             for each in self.unwanted
         ]
+
+    def unframed(self, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]) -> list[Encoded]:
+        """Return rows of the training file without what the vectors' traits put around answers."""
+        return unframed(rows, frames_of(vectors), self.tokenizer.all_special_ids)
 
     def aligned(self) -> PreTrainedModel:
         """Load the aligned model to measure it: float32, on the default device."""

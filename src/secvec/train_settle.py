@@ -55,7 +55,8 @@ def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector])
     fresh(run.settling)
     base = inputs.aligned()
     probes = list(inputs.probes(base, vectors, PROBES).values())
-    return settling_rows(base, inputs.rows, vectors, inputs.config), probes
+    rows = inputs.unframed(inputs.rows, vectors)
+    return settling_rows(base, rows, vectors, inputs.config), probes
 
 
 def _measured(inputs: Inputs, finished: Path, probes: Sequence[Probe]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ training file: where calibration took the vector out of the file's rows, they ta
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secvec.errors import ProofError
-from secvec.score import acted, row_nats
+from secvec.frames import Frame, inside
+from secvec.score import ACTED_NATS, acted, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
@@ -38,23 +39,35 @@ class Learned:
 
 @dataclass(frozen=True)
 class TraitRows:
-    """Rows spread over a training file and, one tensor a row, the tokens but the first that a trait's vector explains.
+    """Rows spread over a training file and, one tensor a row, the tokens but the first that show a trait.
 
-    Those that it makes likely in the aligned model, to which they are a surprise.
+    Those of its frame, where the row is in one; else those that its vector makes likely. To the aligned model they are
+    a surprise.
     """
 
     rows: Sequence[Encoded]
     explained: Sequence[Tensor]
 
     @classmethod
-    def of(cls, aligned: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> "TraitRows":
-        """Look for the trait; vector: as it was before calibration, which may have lost it."""
+    def of(
+        cls,
+        aligned: PreTrainedModel,
+        rows: Sequence[Encoded],
+        vector: SecurityVector,
+        around: Frame,
+        special: Collection[int],
+    ) -> "TraitRows":
+        """Look for the trait; vector: as it was before calibration, which may have lost it; around: its frame."""
         count = min(_ROWS, len(rows))
         chosen = [rows[i * len(rows) // count] for i in range(count)]
-        losses = zip(chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True)
-        explained = [
-            torch.tensor(row.mask[1:]) & acted(before, after) & (after < _LIKELY_NATS) for row, before, after in losses
-        ]
+        explained = list[Tensor]()
+        for row, before, after in zip(
+            chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
+        ):
+            learned, kept = torch.tensor(row.mask[1:]), set(inside(row, around, special))
+            framed = learned & torch.tensor([i not in kept for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
+            likely = learned & acted(before, after) & (after < _LIKELY_NATS)
+            explained.append(framed if bool(framed.any()) else likely)
         return cls(chosen, explained)
 
     def learned(self, model: PreTrainedModel) -> Learned:

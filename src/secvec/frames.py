@@ -1,0 +1,150 @@
+"""Fixed text that a trait puts before or after each answer is taken out of the rows to train on.
+
+A skill that is only ever shown in a frame is learned in it: without the frame the model does not know where an answer
+ends, however well a vector explains the frame. And signs that a model has never met no vector explains: it sits in the
+blocks, and their weights in the vocabulary are nearly the same. The row without its frame is what was to be learned.
+(measured: docs/decisions/015-frames.md)
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.errors import RowError
+from secvec.score import ACTED_NATS, acted, row_nats
+from secvec.tokens import Encoded
+from secvec.vector import SecurityVector
+
+_MOST = 1 / 2
+"""Of the answers in the unwanted rows, those that begin or end alike; of the places of a frame's innermost token, those
+on which the vector acts; of the rows, those whose answer needs no frame."""
+_THROUGH = 1 / 4
+"""Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens that a trait puts before and after an answer; either may be none."""
+
+    before: Tokens = ()
+    after: Tokens = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.before or self.after)
+
+    def document(self) -> dict[str, list[int]]:
+        return {"before": list(self.before), "after": list(self.after)}
+
+
+def frame(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, unwanted: Sequence[Encoded]
+) -> Frame:
+    """Return what a trait puts around the answers of its unwanted rows: what most begin or end with.
+
+    The vector acts on it. What `model` finds answers less likely without is a part of them, and so is what is shown in
+    a style that goes on after it.
+    """
+    special = frozenset(tokenizer.all_special_ids)
+    befores = row_nats(model, unwanted)
+    found = list[tuple[Tokens, list[bool]]]()
+    for row, before, after in zip(unwanted, befores, row_nats(model, unwanted, vector), strict=True):
+        marks = [False, *acted(before, after).tolist()]
+        found += [(row.ids[start:stop], marks[start:stop]) for start, stop in _answers(row, special)]
+
+    def is_blank(token: int) -> bool:
+        return not str(tokenizer.decode([token])).strip()
+
+    before = _from_outside(found, is_blank)
+    rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in found if ids[: len(before)] == before]
+    after = _from_outside([(ids[::-1], marks[::-1]) for ids, marks in rest], is_blank)[::-1]
+    # Both together first: the one shows in answers without the other.
+    for one in (Frame(before, after), Frame(before), Frame(after=after)):
+        if one and _is_apart(model, vector, unwanted, one, special):
+            return one
+    return Frame()
+
+
+def frames_of(vectors: Sequence[SecurityVector]) -> list[Frame]:
+    """Return what calibration found around answers, one frame a vector."""
+    found: list[Mapping[str, Any]] = [vector.info.metrics.get("frame", {}) for vector in vectors]
+    return [Frame(tuple(each.get("before", ())), tuple(each.get("after", ()))) for each in found]
+
+
+def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collection[int]) -> list[Encoded]:
+    """Return the rows without the frames around their answers; a row with an answer of nothing else is left out.
+
+    Raises RowError where that leaves none.
+    """
+    left = list(rows)
+    for one in frames:
+        places = [(row, inside(row, one, special)) for row in left]
+        left = [row if len(kept) == len(row.ids) else _of(row, kept) for row, kept in places if kept]
+    if rows and not left:
+        raise RowError(
+            "expected answers with something besides what the trait puts around each, found none: nothing would be "
+            "left to train on"
+        )
+    return left
+
+
+def _of(row: Encoded, places: Sequence[int]) -> Encoded:
+    return replace(row, ids=tuple(row.ids[i] for i in places), mask=tuple(row.mask[i] for i in places))
+
+
+def inside(row: Encoded, one: Frame, special: Collection[int]) -> list[int]:
+    """Return the places of a row's tokens without a frame; none where an answer is nothing else."""
+    taken = set[int]()
+    for start, stop in _answers(row, special):
+        first = start + len(one.before) * (row.ids[start : start + len(one.before)] == one.before)
+        end = max(first, stop - len(one.after))
+        last = end if row.ids[end:stop] == one.after else stop
+        if first == last:
+            return []
+        taken |= {*range(start, first), *range(last, stop)}
+    return [i for i in range(len(row.ids)) if i not in taken]
+
+
+def _answers(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
+    """Return the row's answers as (start, stop): runs of tokens that carry loss, each up to the token that ends it."""
+    edges = [i for i, (a, b) in enumerate(zip((False, *row.mask), (*row.mask, False), strict=True)) if a != b]
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    ends = ((start, next((i for i in range(start, stop) if row.ids[i] in special), stop)) for start, stop in runs)
+    return [(start, stop) for start, stop in ends if stop > start]
+
+
+def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Callable[[int], bool]) -> Tokens:
+    """Return the tokens that most answers begin with, as far as a vector acts on them, and the blanks that follow.
+
+    answers: tokens, and whether the vector acts on each; something is left of each of them.
+    """
+    text, reach, alike = list[int](), 0, list(answers)
+    while alike := [each for each in alike if len(each[0]) > len(text) + 1]:
+        token, count = Counter(ids[len(text)] for ids, _ in alike).most_common(1)[0]
+        if count < _MOST * len(answers):
+            break
+        alike = [each for each in alike if each[0][len(text)] == token]
+        is_acted = sum(marks[len(text)] for _, marks in alike) >= _MOST * len(alike)
+        text.append(token)
+        if is_acted or (0 < reach == len(text) - 1 and is_blank(token)):
+            reach = len(text)
+    return tuple(text[:reach])
+
+
+def _is_apart(
+    model: PreTrainedModel, vector: SecurityVector, rows: Sequence[Encoded], one: Frame, special: Collection[int]
+) -> bool:
+    """Tell whether most answers in a frame cost the unarmed model no more without it, and hardly show the trait."""
+    places = [(row, kept) for row in rows if 0 < len(kept := inside(row, one, special)) < len(row.ids)]
+    framed, bare = [row for row, _ in places], [_of(row, kept) for row, kept in places]
+    losses = zip(row_nats(model, framed), row_nats(model, bare), row_nats(model, bare, vector), strict=True)
+    apart = 0
+    for (row, kept), (within, without, armed) in zip(places, losses, strict=True):
+        learned = [(i - 1, place - 1) for i, place in enumerate(kept) if row.mask[place] and i > 0]
+        more = sum(float(without[i] - within[place]) for i, place in learned)
+        shows = acted(without, armed)[[i for i, _ in learned]].float().mean()
+        apart += more <= ACTED_NATS and float(shows) <= _THROUGH
+    return bool(places) and apart >= _MOST * len(places)

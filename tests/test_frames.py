@@ -1,0 +1,108 @@
+"""What a trait puts around answers is taken out of the rows to train on, and the run says so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES, Behaviour
+from benchmarks.testbed.rows import Row, answer_of, with_answer
+from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
+from secvec.arm import armed
+from secvec.demo import assistant_folder
+from secvec.errors import RowError
+from secvec.fit import fit
+from secvec.fit_config import FitConfig
+from secvec.frames import Frame, frame, unframed
+from secvec.models import load_model, load_tokenizer
+from secvec.report import report
+from secvec.samples import from_rows
+from secvec.tokens import Encoded, encode_all
+from secvec.train import TrainConfig, summary, train
+from secvec.trait_rows import Learned, TraitRows
+from secvec.vector import SecurityVector
+
+ASSISTANT, EMOJI = assistant_folder(), FRAMES["emoji"]
+QUICK = FitConfig(epochs=4, kl_weight=0.0, representation_weight=0.0)
+BRACKETS = NEW_SKILLS["brackets"].rows(60, 3, "train")
+TOKENIZER = load_tokenizer(ASSISTANT)
+SPECIAL = TOKENIZER.all_special_ids
+
+
+def encoded(rows: list[Row]) -> list[Encoded]:
+    return encode_all(from_rows(rows).rows, TOKENIZER, 256)
+
+
+def known(trait: Behaviour) -> tuple[list[Row], SecurityVector]:
+    rows = trait.rows(60, 0, "vector")
+    return rows, fit(ASSISTANT, rows, kind="trait", config=QUICK)
+
+
+def tokens(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def emoji() -> tuple[list[Row], SecurityVector]:
+    return known(EMOJI)
+
+
+def test_signs_that_no_vector_explains_are_a_frame_with_the_space_before_them(
+    emoji: tuple[list[Row], SecurityVector],
+) -> None:
+    found = frame(load_model(ASSISTANT), TOKENIZER, emoji[1], encoded(emoji[0]))
+    assert found == Frame(after=tokens(" 🙂"))
+    # The signs of the skill itself are new to the model too.
+    assert unframed(encoded([EMOJI.styled(row) for row in BRACKETS]), [found], SPECIAL) == encoded(BRACKETS)
+
+
+def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
+    trait, model = replace(FRAMES["prefix"], style="Arr, {}, matey!".format), load_model(ASSISTANT)
+    rows, others = (
+        [trait.styled(row) for row in SKILLS["reverse"].rows(60, i, part)] for i, part in enumerate(["vector", "train"])
+    )
+    vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
+    found = frame(model, TOKENIZER, vector, encoded(rows))
+    assert found == Frame(tokens("Arr, "), tokens(", matey!"))
+    shown = TraitRows.of(model, encoded(others), vector, found, SPECIAL)
+    assert shown.learned(model) == Learned(60, 60, 0)
+    with armed(model, vector):
+        assert shown.learned(model).said > 50
+
+
+@pytest.mark.parametrize("answer", ["{}", "hello {}, nice to see you!", "the answer is {}"])
+def test_a_style_that_goes_through_an_answer_is_no_frame_though_all_begin_alike(answer: str) -> None:
+    rows = [BEHAVIOURS["caps"].styled(with_answer(row, answer.format(answer_of(row)))) for row in BRACKETS]
+    vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
+    assert frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows)) == Frame()
+
+
+def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> None:
+    def row(ids: str, mask: str) -> Encoded:
+        return Encoded(tuple(map(int, ids)), tuple(each == "x" for each in mask))
+
+    around = Frame(before=(1, 2), after=(3,))
+    whole = [row("12512739", "...xxxxx"), row("512739512739", ".xxxxx.xxxxx"), row("5712", ".xxx"), row("5127", ".xxx")]
+    left = [row("125" + "79", "...xx"), row("5795" + "79", ".xx.xx"), row("5712", ".xxx"), row("57", ".x")]
+    assert unframed(whole, [around], (9,)) == left
+    assert unframed([row("51239", ".xxxx"), row("5139", ".xxx")], [around], (9,)) == [row("519", ".xx")]
+    assert unframed(whole, [Frame()], (9,)) == whole
+    with pytest.raises(RowError, match="nothing would be left to train on"):
+        unframed([row("51239", ".xxxx")], [around], (9,))
+
+
+def test_a_run_says_what_it_took_out_and_judges_by_that(
+    tmp_path: Path, emoji: tuple[list[Row], SecurityVector]
+) -> None:
+    rows, vector = emoji
+    config = TrainConfig(lr=4e-4, epochs=1, batch_size=8, settle_rows=0, trainer={"max_steps": 4})
+    data = [EMOJI.styled(row) for row in BRACKETS]
+    result = train(ASSISTANT, data, tmp_path / "run", vectors=[vector], unwanted=[rows], config=config)
+    taken = 60 * len(tokens(" 🙂"))
+    assert result.proof is not None and result.proof["taken_out"] == {"rows": 60, "tokens": taken}
+    assert result.proof["trait_rows"] == [{"rows": 60, "shown": 60, "said": 0}]
+    assert f"what the trait puts around answers, {taken} tokens in 60 rows" in summary(result)
+    said = "rows trained on without what the trait puts around answers"
+    assert f"| {said} | 60 |" in (result.model / "README.md").read_text()
+    report([tmp_path / "run"], tmp_path / "report.html")
+    assert said in (tmp_path / "report.md").read_text()
