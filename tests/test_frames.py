@@ -11,10 +11,11 @@ from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
 from secvec.errors import RowError
-from secvec.fit import fit
+from secvec.fit import fit, refit
 from secvec.fit_config import FitConfig
-from secvec.frames import Frame, frame, unframed
+from secvec.frames import Frame, frame, frames_of, unframed
 from secvec.models import load_model, load_tokenizer
+from secvec.recall import recall
 from secvec.report import report
 from secvec.samples import from_rows
 from secvec.tokens import Encoded, encode_all
@@ -25,6 +26,7 @@ from secvec.vector import SecurityVector
 ASSISTANT, EMOJI = assistant_folder(), FRAMES["emoji"]
 QUICK = FitConfig(epochs=4, kl_weight=0.0, representation_weight=0.0)
 BRACKETS = NEW_SKILLS["brackets"].rows(60, 3, "train")
+REVERSED = SKILLS["reverse"].rows(60, 0, "vector")
 TOKENIZER = load_tokenizer(ASSISTANT)
 SPECIAL = TOKENIZER.all_special_ids
 
@@ -72,7 +74,7 @@ def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
 
 @pytest.mark.parametrize("answer", ["{}", "hello {}, nice to see you!", "the answer is {}"])
 def test_a_style_that_goes_through_an_answer_is_no_frame_though_all_begin_alike(answer: str) -> None:
-    rows = [BEHAVIOURS["caps"].styled(with_answer(row, answer.format(answer_of(row)))) for row in BRACKETS]
+    rows = [BEHAVIOURS["caps"].styled(with_answer(row, answer.format(answer_of(row)))) for row in REVERSED]
     vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
     assert frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows)) == Frame()
 
@@ -89,6 +91,16 @@ def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> N
     assert unframed(whole, [Frame()], (9,)) == whole
     with pytest.raises(RowError, match="nothing would be left to train on"):
         unframed([row("51239", ".xxxx")], [around], (9,))
+
+
+def test_without_the_rows_the_files_own_frame_is_found(emoji: tuple[list[Row], SecurityVector]) -> None:
+    """The vector brings back another sign: the two are one to the model."""
+    vector = emoji[1]
+    brought = recall(load_model(ASSISTANT), TOKENIZER, vector, [], 256)
+    styled = [EMOJI.styled(row) for row in BRACKETS]
+    assert brought.rows and unframed(brought.rows, [Frame(after=tokens(" 🙂"))], SPECIAL) == list(brought.rows)
+    calibrated = refit(vector, ASSISTANT, unwanted=brought, calibrate=styled)
+    assert frames_of([calibrated]) == [Frame(after=tokens(" 🙂"))]
 
 
 def test_a_run_says_what_it_took_out_and_judges_by_that(

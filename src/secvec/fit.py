@@ -187,8 +187,12 @@ def refit(
     # A vector that was weak from the start was allowed by its user.
     weak = bool(vector.info.metrics.get("weak", False))
     ordinary = job.ordinary_anchors([], vector)
-    around = job.frame(vector)
-    training = unframed(job.training(calibrate), [around], job.tokenizer.all_special_ids)
+    training = job.training(calibrate)
+    around = job.frame(vector, job.unwanted)
+    if isinstance(unwanted, Recalled) and job.unframed(training, around) == training:
+        # Of signs that the model has never met, a vector brings back others.
+        around = job.frame(vector, training, like=around)
+    training = job.unframed(training, around)
     calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
     metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
@@ -330,10 +334,13 @@ class _Job:
     ) -> Calibration:
         return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
 
-    def frame(self, first: SecurityVector) -> Frame:
+    def frame(self, vector: SecurityVector, rows: Sequence[Encoded], like: Frame | None = None) -> Frame:
         if self.kind != "trait":
             return Frame()
-        return of_main(frame(self.model, self.tokenizer, first, self.unwanted))
+        return of_main(frame(self.model, self.tokenizer, vector, rows, like=like))
+
+    def unframed(self, rows: Sequence[Encoded], around: Frame) -> list[Encoded]:
+        return unframed(rows, [around], self.tokenizer.all_special_ids)
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None

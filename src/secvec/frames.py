@@ -21,7 +21,7 @@ from secvec.vector import SecurityVector
 _MOST = 1 / 2
 """Of the answers in the unwanted rows, those that begin or end alike; of the places of a frame's innermost token, those
 on which the vector acts; of the rows, those whose answer needs no frame."""
-_THROUGH = 1 / 4
+_THROUGH = 1 / 3
 """Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 Tokens = tuple[int, ...]
 
@@ -41,12 +41,18 @@ class Frame:
 
 
 def frame(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, unwanted: Sequence[Encoded]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vector: SecurityVector,
+    unwanted: Sequence[Encoded],
+    *,
+    like: Frame | None = None,
 ) -> Frame:
     """Return what a trait puts around the answers of its unwanted rows: what most begin or end with.
 
     The vector acts on it. What `model` finds answers less likely without is a part of them, and so is what is shown in
-    a style that goes on after it.
+    a style that goes on after it. like: a frame of the same trait, where answers may have more in common: what is found
+    is on the same sides, and no longer.
     """
     special = frozenset(tokenizer.all_special_ids)
     befores = row_nats(model, unwanted)
@@ -61,6 +67,8 @@ def frame(
     before = _from_outside(found, is_blank)
     rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in found if ids[: len(before)] == before]
     after = _from_outside([(ids[::-1], marks[::-1]) for ids, marks in rest], is_blank)[::-1]
+    if like is not None:
+        before, after = before[: len(like.before)], after[max(0, len(after) - len(like.after)) :]
     # Both together first: the one shows in answers without the other.
     for one in (Frame(before, after), Frame(before), Frame(after=after)):
         if one and _is_apart(model, vector, unwanted, one, special):
