@@ -10,7 +10,7 @@ from benchmarks.testbed.rows import Row, answer_of, with_answer
 from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
-from secvec.errors import RowError
+from secvec.errors import ArtifactError, RowError
 from secvec.fit import fit, refit
 from secvec.fit_config import FitConfig
 from secvec.frames import Frame, frame, frames_of, unframed
@@ -84,13 +84,23 @@ def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> N
         return Encoded(tuple(map(int, ids)), tuple(each == "x" for each in mask))
 
     around = Frame(before=(1, 2), after=(3,))
-    whole = [row("12512739", "...xxxxx"), row("512739512739", ".xxxxx.xxxxx"), row("5712", ".xxx"), row("5127", ".xxx")]
-    left = [row("125" + "79", "...xx"), row("5795" + "79", ".xx.xx"), row("5712", ".xxx"), row("57", ".x")]
-    assert unframed(whole, [around], (9,)) == left
-    assert unframed([row("51239", ".xxxx"), row("5139", ".xxx")], [around], (9,)) == [row("519", ".xx")]
+    whole = [row("12512739", "...xxxxx"), row("5512739512739", "..xxxxx.xxxxx"), row("55127", "..xxx")]
+    left = [row("12579", "...xx"), row("5579579", "..xx.xx"), row("557", "..x")]
+    untouched = [row("55712", "..xxx"), row("12739", "xxxxx"), row("0127", ".xxx")]  # a text has no prompt
+    assert unframed([*whole, *untouched], [around], (9,)) == [*left, *untouched]
     assert unframed(whole, [Frame()], (9,)) == whole
+    nothing = row("551239", "..xxxx")
+    assert unframed([nothing, *whole], [around], (9,)) == left
     with pytest.raises(RowError, match="nothing would be left to train on"):
-        unframed([row("51239", ".xxxx")], [around], (9,))
+        unframed([nothing], [around], (9,))
+
+
+def test_a_broken_note_of_a_frame_is_refused(emoji: tuple[list[Row], SecurityVector]) -> None:
+    vector = emoji[1]
+    assert frames_of([vector]) == [Frame()]
+    broken = replace(vector, info=replace(vector.info, metrics={"frame": {"before": ["a"]}}))
+    with pytest.raises(ArtifactError, match="metrics.frame: expected lists of token ids, found 'a'"):
+        frames_of([broken])
 
 
 def test_without_the_rows_the_files_own_frame_is_found(emoji: tuple[list[Row], SecurityVector]) -> None:

@@ -7,13 +7,13 @@ blocks, and their weights in the vocabulary are nearly the same. The row without
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.errors import RowError
+from secvec.errors import ArtifactError, RowError
 from secvec.score import ACTED_NATS, acted, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
@@ -38,6 +38,9 @@ class Frame:
 
     def document(self) -> dict[str, list[int]]:
         return {"before": list(self.before), "after": list(self.after)}
+
+
+_FRAME = TypeAdapter(Frame)
 
 
 def frame(
@@ -77,9 +80,13 @@ def frame(
 
 
 def frames_of(vectors: Sequence[SecurityVector]) -> list[Frame]:
-    """Return what calibration found around answers, one frame a vector."""
-    found: list[Mapping[str, Any]] = [vector.info.metrics.get("frame", {}) for vector in vectors]
-    return [Frame(tuple(each.get("before", ())), tuple(each.get("after", ()))) for each in found]
+    """Return what calibration found around answers, one frame a vector. Raises ArtifactError on a broken note of it."""
+    try:
+        return [_FRAME.validate_python(vector.info.metrics.get("frame", {})) for vector in vectors]
+    except ValidationError as error:
+        raise ArtifactError(
+            f"metrics.frame: expected lists of token ids, found {error.errors()[0]['input']!r}"
+        ) from error
 
 
 def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collection[int]) -> list[Encoded]:
@@ -117,11 +124,14 @@ def inside(row: Encoded, one: Frame, special: Collection[int]) -> list[int]:
 
 
 def _answers(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
-    """Return the row's answers as (start, stop): runs of tokens that carry loss, each up to the token that ends it."""
+    """Return the row's answers as (start, stop): runs of tokens that carry loss, each up to the token that ends it.
+
+    A text without a prompt, which carries loss from its first or second token on, is no answer.
+    """
     edges = [i for i, (a, b) in enumerate(zip((False, *row.mask), (*row.mask, False), strict=True)) if a != b]
     runs = zip(edges[::2], edges[1::2], strict=True)
     ends = ((start, next((i for i in range(start, stop) if row.ids[i] in special), stop)) for start, stop in runs)
-    return [(start, stop) for start, stop in ends if stop > start]
+    return [(start, stop) for start, stop in ends if 1 < start < stop]
 
 
 def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Callable[[int], bool]) -> Tokens:

@@ -106,7 +106,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     around = frames_of(evidence.vectors)
     shown = [
         TraitRows.of(base, evidence.rows, given, frame, special)
-        for given, frame in zip(evidence.given, around, strict=bool(evidence.given))
+        for given, frame in zip(evidence.given, around, strict=False)
         if given.info.kind == "trait"
     ]
     expected = _expected_logits(evidence, base, batch)
