@@ -99,7 +99,7 @@ def test_a_broken_note_of_a_frame_is_refused(emoji: tuple[list[Row], SecurityVec
     vector = emoji[1]
     assert frames_of([vector]) == [Frame()]
     broken = replace(vector, info=replace(vector.info, metrics={"frame": {"before": ["a"]}}))
-    with pytest.raises(ArtifactError, match="metrics.frame: expected lists of token ids, found 'a'"):
+    with pytest.raises(ArtifactError, match=r"metrics\.frame: expected lists of token ids, found 'a'"):
         frames_of([broken])
 
 
