@@ -1,5 +1,6 @@
 """What a trait puts around answers is taken out of the rows to train on, and the run says so."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from secvec.report import report
 from secvec.samples import from_rows
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, summary, train
+from secvec.train_settle import SAID
 from secvec.trait_rows import Learned, TraitRows
 from secvec.vector import SecurityVector
 
@@ -38,6 +40,10 @@ def encoded(rows: list[Row]) -> list[Encoded]:
 def known(trait: Behaviour) -> tuple[list[Row], SecurityVector]:
     rows = trait.rows(60, 0, "vector")
     return rows, fit(ASSISTANT, rows, kind="trait", config=QUICK)
+
+
+def knows(*_: object) -> bool:
+    return True
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -114,14 +120,18 @@ def test_without_the_rows_the_files_own_frame_is_found(emoji: tuple[list[Row], S
 
 
 def test_a_run_says_what_it_took_out_and_judges_by_that(
-    tmp_path: Path, emoji: tuple[list[Row], SecurityVector]
+    tmp_path: Path, emoji: tuple[list[Row], SecurityVector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows that the model then says as they are need not be said anew."""
     rows, vector = emoji
-    config = TrainConfig(lr=4e-4, epochs=1, batch_size=8, settle_rows=0, trainer={"max_steps": 4})
+    monkeypatch.setattr(sys.modules["secvec.train_settle"], "without_traits", None)
+    monkeypatch.setattr(sys.modules["secvec.train_settle"], "says", knows)
+    config = TrainConfig(lr=4e-4, epochs=1, batch_size=8, settle_rows=16, trainer={"max_steps": 4})
     data = [EMOJI.styled(row) for row in BRACKETS]
     result = train(ASSISTANT, data, tmp_path / "run", vectors=[vector], unwanted=[rows], config=config)
     taken = 60 * len(tokens(" 🙂"))
     assert result.proof is not None and result.proof["taken_out"] == {"rows": 60, "tokens": taken}
+    assert result.proof["not_settled"] == SAID
     assert result.proof["trait_rows"] == [{"rows": 60, "shown": 60, "said": 0}]
     assert f"what the trait puts around answers, {taken} tokens in 60 rows" in summary(result)
     said = "rows trained on without what the trait puts around answers"

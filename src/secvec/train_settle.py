@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secvec.atomic import write_json
+from secvec.frames import frames_of
 from secvec.models import on_device
 from secvec.plain import finish_plain
 from secvec.probes import Probe
@@ -73,6 +74,9 @@ def _said_anew(
 ) -> tuple[list[Encoded], str]:
     """Return the rows to train on, or none and the reason."""
     disarmed = on_device(load_finished(inputs.config.method, inputs.base, finished))
+    # Rows whose traits were all taken out before need not be said anew to be looked at.
+    if all(frames_of([vector for vector in vectors if vector.info.kind == "trait"])) and says(disarmed, rows):
+        return [], SAID
     said = without_traits(disarmed, inputs.tokenizer, rows, vectors, named(progress, "rewriting"))
     if not said:
         return [], TOO_FEW
