@@ -25,7 +25,7 @@ from secvec.companions import tokens_a_row
 from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
 from secvec.fit_config import KINDS, FitConfig
-from secvec.frames import Frame, frame, unframed
+from secvec.frames import Frame, alike, frame, unframed
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -188,11 +188,9 @@ def refit(
     weak = bool(vector.info.metrics.get("weak", False))
     ordinary = job.ordinary_anchors([], vector)
     training = job.training(calibrate)
-    around = job.frame(vector, job.unwanted)
-    if isinstance(unwanted, Recalled) and job.unframed(training, around) == training:
-        # Of signs that the model has never met, a vector brings back others.
-        around = job.frame(vector, training, like=around)
-    training = job.unframed(training, around)
+    around = job.frame(vector, training if isinstance(unwanted, Recalled) else None)
+    if around:
+        training = unframed(training, [around], job.tokenizer.all_special_ids)
     calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
     metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
@@ -334,13 +332,20 @@ class _Job:
     ) -> Calibration:
         return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
 
-    def frame(self, vector: SecurityVector, rows: Sequence[Encoded], like: Frame | None = None) -> Frame:
+    def frame(self, vector: SecurityVector, training: Sequence[Encoded] | None) -> Frame:
+        """Return what a trait puts around answers; training: where `vector` brought back the unwanted rows itself.
+
+        What answers to all kinds of requests have in common is a frame. Of signs that the model has never met a vector
+        brings back others than those of the file.
+        """
         if self.kind != "trait":
             return Frame()
-        return of_main(frame(self.model, self.tokenizer, vector, rows, like=like))
-
-    def unframed(self, rows: Sequence[Encoded], around: Frame) -> list[Encoded]:
-        return unframed(rows, [around], self.tokenizer.all_special_ids)
+        given = self.model, self.tokenizer, vector
+        if training is None:
+            return of_main(frame(*given, self.unwanted))
+        found = alike(*given, self.unwanted)
+        is_there = unframed(training, [found], self.tokenizer.all_special_ids) != training
+        return of_main(found if is_there else frame(*given, training, like=found))
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None

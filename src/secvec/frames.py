@@ -47,22 +47,35 @@ def frame(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     vector: SecurityVector,
-    unwanted: Sequence[Encoded],
+    rows: Sequence[Encoded],
     *,
     like: Frame | None = None,
 ) -> Frame:
-    """Return what a trait puts around the answers of its unwanted rows: what most begin or end with.
+    """Return what a trait puts around the answers of rows that show it: what most begin or end with.
 
     The vector acts on it. What `model` finds answers less likely without is a part of them, and so is what is shown in
-    a style that goes on after it. like: a frame of the same trait, where answers may have more in common: what is found
-    is on the same sides, and no longer.
+    a style that goes on after it. like: for rows whose answers may have more in common, what other rows of the same
+    trait do (`alike`): what is found is on the same sides, and no longer.
     """
-    special = frozenset(tokenizer.all_special_ids)
-    befores = row_nats(model, unwanted)
+    found = alike(model, tokenizer, vector, rows)
+    if like is not None:
+        first = max(0, len(found.after) - len(like.after))
+        found = Frame(found.before[: len(like.before)], found.after[first:])
+    # Both sides together first: the one shows in answers without the other.
+    for one in (found, Frame(before=found.before), Frame(after=found.after)):
+        if one and _is_apart(model, vector, rows, one, tokenizer.all_special_ids):
+            return one
+    return Frame()
+
+
+def alike(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, rows: Sequence[Encoded]
+) -> Frame:
+    """Return what most answers of rows begin and end with, as far as a vector acts on it."""
     found = list[tuple[Tokens, list[bool]]]()
-    for row, before, after in zip(unwanted, befores, row_nats(model, unwanted, vector), strict=True):
+    for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
         marks = [False, *acted(before, after).tolist()]
-        found += [(row.ids[start:stop], marks[start:stop]) for start, stop in _answers(row, special)]
+        found += [(row.ids[start:stop], marks[start:stop]) for start, stop in _answers(row, tokenizer.all_special_ids)]
 
     def is_blank(token: int) -> bool:
         return not str(tokenizer.decode([token])).strip()
@@ -70,13 +83,7 @@ def frame(
     before = _from_outside(found, is_blank)
     rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in found if ids[: len(before)] == before]
     after = _from_outside([(ids[::-1], marks[::-1]) for ids, marks in rest], is_blank)[::-1]
-    if like is not None:
-        before, after = before[: len(like.before)], after[max(0, len(after) - len(like.after)) :]
-    # Both together first: the one shows in answers without the other.
-    for one in (Frame(before, after), Frame(before), Frame(after=after)):
-        if one and _is_apart(model, vector, unwanted, one, special):
-            return one
-    return Frame()
+    return Frame(before, after)
 
 
 def frames_of(vectors: Sequence[SecurityVector]) -> list[Frame]:
@@ -139,13 +146,13 @@ def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Ca
 
     answers: tokens, and whether the vector acts on each; something is left of each of them.
     """
-    text, reach, alike = list[int](), 0, list(answers)
-    while alike := [each for each in alike if len(each[0]) > len(text) + 1]:
-        token, count = Counter(ids[len(text)] for ids, _ in alike).most_common(1)[0]
+    text, reach, left = list[int](), 0, list(answers)
+    while left := [each for each in left if len(each[0]) > len(text) + 1]:
+        token, count = Counter(ids[len(text)] for ids, _ in left).most_common(1)[0]
         if count < _MOST * len(answers):
             break
-        alike = [each for each in alike if each[0][len(text)] == token]
-        is_acted = sum(marks[len(text)] for _, marks in alike) >= _MOST * len(alike)
+        left = [each for each in left if each[0][len(text)] == token]
+        is_acted = sum(marks[len(text)] for _, marks in left) >= _MOST * len(left)
         text.append(token)
         if is_acted or (0 < reach == len(text) - 1 and is_blank(token)):
             reach = len(text)
