@@ -17,7 +17,7 @@ from secvec.drift_record import drift_line
 from secvec.errors import InputError, ProofError
 from secvec.frames import Frame, frames_of, unframed
 from secvec.headers import read_index
-from secvec.models import load_model, load_tokenizer
+from secvec.models import load_model
 from secvec.origin import vector_path
 from secvec.peft_format import CONFIG as ADAPTER_CONFIG
 from secvec.peft_format import WEIGHTS as ADAPTER
@@ -59,7 +59,7 @@ class Evidence:
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
     rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
     result;
-    given: the vectors as they were before calibration;
+    given: the vectors as they were before calibration; special: the tokenizer's special tokens;
     covered: the training rows of which `secvec.covered` trained on a part or nothing; recalled: where the unwanted rows
     were brought back by the vectors, how many by each; drift: what `secvec.drift` saw.
     """
@@ -75,6 +75,7 @@ class Evidence:
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
     given: Sequence[SecurityVector] = ()
+    special: Collection[int] = ()
     covered: Sequence[CoveredRow] = ()
     recalled: Sequence[int] | None = None
     drift: Mapping[str, Any] | None = None
@@ -102,10 +103,9 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
     probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
-    special = load_tokenizer(evidence.base).all_special_ids
     around = frames_of(evidence.vectors)
     shown = [
-        TraitRows.of(base, evidence.rows, given, frame, special)
+        TraitRows.of(base, evidence.rows, given, frame, evidence.special)
         for given, frame in zip(evidence.given, around, strict=False)
         if given.info.kind == "trait"
     ]
@@ -128,7 +128,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         document["recalled"] = list(evidence.recalled)
     if learned:
         document["trait_rows"] = [judged_rows(each) for each in learned]
-    if taken := _taken_out(evidence.rows, around, special):
+    if taken := _taken_out(evidence.rows, around, evidence.special):
         document["taken_out"] = taken
     if evidence.covered:
         document["covered"] = _covered(evidence)

@@ -284,6 +284,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         unwanted=inputs.unwanted_rows(),
         settled=run.settled if _settles(inputs, vectors) else None,
         given=inputs.vectors,
+        special=inputs.tokenizer.all_special_ids,
         covered=read_covered(run.covered),
         recalled=_recalled_rows(inputs, vectors) if inputs.recalls else None,
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
