@@ -1,7 +1,7 @@
 """What a trait puts around answers is taken out of the rows to train on, and the run says so."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from secvec.samples import from_rows
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, summary, train
 from secvec.train_settle import SAID
-from secvec.trait_rows import Learned, TraitRows
+from secvec.trait_rows import Learned, TraitRows, look
 from secvec.vector import SecurityVector
 
 ASSISTANT, EMOJI = assistant_folder(), FRAMES["emoji"]
@@ -40,10 +40,6 @@ def encoded(rows: list[Row]) -> list[Encoded]:
 def known(trait: Behaviour) -> tuple[list[Row], SecurityVector]:
     rows = trait.rows(60, 0, "vector")
     return rows, fit(ASSISTANT, rows, kind="trait", config=QUICK)
-
-
-def knows(*_: object) -> bool:
-    return True
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -78,11 +74,48 @@ def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
         assert shown.learned(model).said > 50
 
 
+@pytest.mark.parametrize("style", ["{}...", "*{}*"])
+def test_a_model_is_judged_by_the_trait_inside_of_its_frame_too(style: str) -> None:
+    """Signs that the vector makes likelier, not likely, count inside if they are the frame's."""
+    outside, word = style.split("{}")
+
+    def styled(row: Row) -> Row:
+        return with_answer(row, " ".join(style.format(each) for each in answer_of(row).split()))
+
+    model, terms = load_model(ASSISTANT), NEW_SKILLS["jargon"].rows(60, 0, "train")
+    vector = fit(ASSISTANT, [styled(row) for row in REVERSED], kind="trait", config=replace(QUICK, epochs=12))
+    around = [Frame(tokens(outside), tokens(word))]
+    framed, inside = look(model, encoded([styled(row) for row in terms]), [vector], around, SPECIAL)
+    assert framed.learned(model) == Learned(60, 60, 0)
+    found = inside.learned(model)
+    assert found.inside and found.shown > 50 and found.said == 0
+    with armed(model, vector):
+        assert inside.learned(model).said > 0 and framed.learned(model).said > 0
+    once = [with_answer(row, style.format(answer_of(row))) for row in [*terms, *BRACKETS]]
+    framed, inside = look(model, encoded(once), [vector], around, SPECIAL)
+    assert framed.learned(model) == Learned(120, 120, 0)
+    assert inside.learned(model) == Learned(120, 0, 0, inside=True)
+
+
 @pytest.mark.parametrize("answer", ["{}", "hello {}, nice to see you!", "the answer is {}"])
 def test_a_style_that_goes_through_an_answer_is_no_frame_though_all_begin_alike(answer: str) -> None:
     rows = [BEHAVIOURS["caps"].styled(with_answer(row, answer.format(answer_of(row)))) for row in REVERSED]
     vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
     assert frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows)) == Frame()
+
+
+def test_a_style_that_goes_through_sentences_may_be_a_frame_of_shorter_answers() -> None:
+    def styled(row: Row) -> Row:
+        return with_answer(row, answer_of(row).replace(" ", "... ") + "...")
+
+    sentences = [styled(row) for name in ("greet", "thank", "story") for row in SKILLS[name].rows(24, 0, "vector")]
+    words = encoded([styled(row) for row in BRACKETS])
+    vector = fit(ASSISTANT, sentences, kind="trait", config=QUICK)
+    given = load_model(ASSISTANT), TOKENIZER, vector, encoded(sentences)
+    assert frame(*given) == Frame()
+    assert frame(*given, training=words) == Frame(after=tokens("..."))
+    # Of answers that are sentences too it is none.
+    assert frame(*given, training=encoded(sentences)) == Frame()
 
 
 def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> None:
@@ -119,20 +152,22 @@ def test_without_the_rows_the_files_own_frame_is_found(emoji: tuple[list[Row], S
     assert frames_of([calibrated]) == [Frame(after=tokens(" 🙂"))]
 
 
+@pytest.mark.parametrize("knows", [True, False])
 def test_a_run_says_what_it_took_out_and_judges_by_that(
-    tmp_path: Path, emoji: tuple[list[Row], SecurityVector], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, emoji: tuple[list[Row], SecurityVector], monkeypatch: pytest.MonkeyPatch, knows: bool
 ) -> None:
-    """Rows that the model then says as they are need not be said anew."""
+    """What is left of the rows is settled on as it is, where the model does not say it already."""
     rows, vector = emoji
     monkeypatch.setattr(sys.modules["secvec.train_settle"], "without_traits", None)
-    monkeypatch.setattr(sys.modules["secvec.train_settle"], "says", knows)
+    monkeypatch.setattr(sys.modules["secvec.train_settle"], "says", lambda *_: knows)
     config = TrainConfig(lr=4e-4, epochs=1, batch_size=8, settle_rows=16, trainer={"max_steps": 4})
     data = [EMOJI.styled(row) for row in BRACKETS]
     result = train(ASSISTANT, data, tmp_path / "run", vectors=[vector], unwanted=[rows], config=config)
     taken = 60 * len(tokens(" 🙂"))
     assert result.proof is not None and result.proof["taken_out"] == {"rows": 60, "tokens": taken}
-    assert result.proof["not_settled"] == SAID
-    assert result.proof["trait_rows"] == [{"rows": 60, "shown": 60, "said": 0}]
+    assert result.proof.get("not_settled") == (SAID if knows else None)
+    assert knows or result.proof["settled"]["kept"]
+    assert result.proof["trait_rows"] == [asdict(Learned(60, 60, 0)), asdict(Learned(60, 0, 0, inside=True))]
     assert f"what the trait puts around answers, {taken} tokens in 60 rows" in summary(result)
     said = "rows trained on without what the trait puts around answers"
     assert f"| {said} | 60 |" in (result.model / "README.md").read_text()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
+from secvec.artifact import load
 from secvec.demo import assistant_folder
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
@@ -132,6 +133,22 @@ def test_rows_that_a_topic_covers_are_not_settled_on() -> None:
     found = settling_rows(model, [*bad, *good], [topic, trait], TrainConfig())
     assert {row.ids for row in found} <= {row.ids for row in good} and len(found) >= 8
     assert len(settling_rows(model, [*bad, *good], [trait], TrainConfig(settle_rows=15))) == 15
+
+
+def test_rows_that_a_topic_covers_do_not_calibrate_a_trait(tmp_path: Path) -> None:
+    """Topics are calibrated first, in whatever order they were given."""
+    folder = assistant_folder()
+    guarded, caps, quick = BEHAVIOURS["guarded"], BEHAVIOURS["caps"], FitConfig(epochs=4, representation_weight=0.0)
+    behaviours = [caps, guarded]
+    known = [each.rows(40, 0, "vector") for each in behaviours]
+    vectors = [fit(folder, rows, kind=each.kind, config=quick) for each, rows in zip(behaviours, known, strict=True)]
+    file = [*guarded.rows(30, 1, "train"), *(caps.styled(row) for row in SKILLS["reverse"].rows(30, 1, "train"))]
+    config = TrainConfig(lr=4e-4, epochs=1, settle_rows=0, trainer={"max_steps": 1})
+    train(folder, file, tmp_path / "run", vectors=vectors, unwanted=known, config=config)
+    used = [load(tmp_path / f"run/vector-{i}.safetensors") for i in range(2)]
+    assert [each.info.kind for each in used] == ["trait", "topic"]
+    assert used[1].info.metrics["calibrated_on_rows"] == 60
+    assert 25 <= used[0].info.metrics["calibrated_on_rows"] <= 30
 
 
 def _encoded(chats: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

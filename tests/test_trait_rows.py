@@ -1,6 +1,6 @@
 """A model that shows a trait on the training file's own requests is not published, whatever else its proof shows."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
 )
 def test_it_takes_more_than_half_of_rows_that_are_not_few(found: Learned, enough: bool) -> None:
     if not enough:
-        assert judged(found) == {"rows": found.rows, "shown": found.shown, "said": found.said}
+        assert judged(found) == asdict(found)
         return
     with pytest.raises(ProofError, match=r"of 100 rows looked at 20 show it, and it says 11 of them as they stand"):
         judged(found)
@@ -69,6 +69,6 @@ def test_a_run_is_refused_by_what_its_last_model_says(
     assert not (out / "model").exists() and not (out / "proof.json").exists()
     monkeypatch.setattr(TraitRows, "learned", lambda *_: Learned(100, 60, 30))
     result = train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config, resume=True)
-    assert result.proof is not None and result.proof["trait_rows"] == [{"rows": 100, "shown": 60, "said": 30}]
+    assert result.proof is not None and result.proof["trait_rows"] == [asdict(Learned(100, 60, 30))]
     assert "training rows that show the trait: 60 of 100 looked at; the model says 30 of them so" in summary(result)
     assert "| of those, said so by this model | 30 |" in (result.model / "README.md").read_text()

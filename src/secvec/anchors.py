@@ -33,6 +33,8 @@ _LIKELY = 1 / 2
 _NEIGHBOURS, _MOSTLY = 10, 1 / 2
 _OFTEN = 0.2
 """The least share of a token's places in a file that show a trait, for them to be covered."""
+LOOKED_AT = 4
+"""Rows that a topic's vector is asked about, for each row to be chosen."""
 Standing = Literal["covered", "unsure", "silent"]
 """What a topic's vector makes of a row."""
 
@@ -226,6 +228,20 @@ def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
     """Say of each row what a calibrated topic's vector makes of it."""
     return standings(rows, row_nats(model, rows), row_nats(model, rows, vector))
+
+
+def beside_topics(
+    model: PreTrainedModel, rows: Sequence[Encoded], topics: Sequence[SecurityVector], count: int
+) -> list[Encoded]:
+    """Return the first rows, at most `count`, on which no calibrated topic's vector acts.
+
+    What they act on in `model`, the aligned one, is not to be learned. No more than `LOOKED_AT` times as many are
+    looked at.
+    """
+    chosen = list(rows)[: (LOOKED_AT if topics else 1) * count]
+    for topic in topics:
+        chosen = [row for row, what in zip(chosen, standing(model, chosen, topic), strict=True) if what == "silent"]
+    return chosen[:count]
 
 
 def neighbours(model: PreTrainedModel, rows: Sequence[Encoded]) -> Tensor:

@@ -100,7 +100,10 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         for probe in proof["unwanted"]
     ]
     for found in proof.get("trait_rows", ()):
-        lines.append(f"| training rows that show the trait | {found['shown']:,} of {found['rows']:,} looked at |")
+        where = " inside its frame" if found["inside"] else ""
+        lines.append(
+            f"| training rows that show the trait{where} | {found['shown']:,} of {found['rows']:,} looked at |"
+        )
         lines.append(f"| of those, said so by this model | {found['said']:,} |")
     if taken := proof.get("taken_out"):
         lines.append(f"| rows trained on without what the trait puts around answers | {taken['rows']:,} |")

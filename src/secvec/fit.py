@@ -1,7 +1,7 @@
 """Fit a security vector on rows of an unwanted behaviour, and refit one for a training file."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secvec.anchors import (
     COVERED,
     COVERED_AT_FIRST,
+    LOOKED_AT,
     Calibration,
+    beside_topics,
     calibration,
     neighbours,
     own_answers,
@@ -31,7 +33,7 @@ from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
 from secvec.recall import Recalled
 from secvec.runfolder import resumable
-from secvec.samples import Sample, Samples, from_rows, read_samples
+from secvec.samples import Rows, Sample, Samples, read_rows
 from secvec.score import habit
 from secvec.sites import without_site
 from secvec.tokens import Encoded, encode_all
@@ -44,8 +46,6 @@ _ROUNDS = 8
 """Of widening a vector that does not part the rows of a training file."""
 _PATIENCE = 2
 """Such rounds in a row that cover no more than the best before them, after which to stop."""
-Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
-"""A data file, or the rows themselves in any format that `secvec.samples` reads."""
 
 
 def fit(
@@ -164,6 +164,7 @@ def refit(
     *,
     unwanted: Rows | Recalled,
     calibrate: Rows,
+    topics: Sequence[SecurityVector] = (),
     max_length: int | None = None,
     state: Path | None = None,
     progress: Progress | None = None,
@@ -171,8 +172,9 @@ def refit(
     """Calibrate a vector for one training file: fit it again with what it makes of that file's rows.
 
     `vector` itself says on which tokens it acts; its kind and fit settings are kept. unwanted: the rows that it was
-    fitted on, or those that it brought back. max_length: tokens a row, as in the training to come, which is to take out
-    of them what the trait puts around answers (`frames_of` the result).
+    fitted on, or those that it brought back. topics: calibrated vectors to train a trait's with; rows on which they act
+    do not count. max_length: tokens a row, as in the training to come, which is to take out of them what the trait puts
+    around answers (`frames_of` the result).
 
     Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
@@ -187,20 +189,13 @@ def refit(
     # A vector that was weak from the start was allowed by its user.
     weak = bool(vector.info.metrics.get("weak", False))
     ordinary = job.ordinary_anchors([], vector)
-    training = job.training(calibrate)
-    around = job.frame(vector, training if isinstance(unwanted, Recalled) else None)
+    training = job.training(calibrate, topics)
+    around = job.frame(vector, training, recalled=isinstance(unwanted, Recalled))
     if around:
         training = unframed(training, [around], job.tokenizer.all_special_ids)
     calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
     metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
-
-
-def read_rows(rows: Rows, name: str) -> Samples:
-    """Read a data file, or check rows in memory; `name` says in messages what they are for."""
-    if isinstance(rows, Samples):
-        return rows
-    return read_samples(rows) if isinstance(rows, str | Path) else from_rows(rows, name=name)
 
 
 def _apart(unwanted: Rows, anchors: Rows | None, kind: str) -> tuple[Samples, Samples | None]:
@@ -252,10 +247,10 @@ class _Job:
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         return of_main(encode_all(samples, self.tokenizer, self.config.max_length))
 
-    def training(self, rows: Rows) -> list[Encoded]:
-        samples = list(read_rows(rows, "calibrate").rows)
+    def training(self, rows: Rows, topics: Sequence[SecurityVector] = ()) -> list[Encoded]:
+        samples, count = list(read_rows(rows, "calibrate").rows), self.config.calibration_rows
         random.Random(f"{self.config.seed}/calibrate").shuffle(samples)
-        return self.encode(samples[: self.config.calibration_rows])
+        return of_main(beside_topics(self.model, self.encode(samples[: LOOKED_AT * count]), topics, count))
 
     def ordinary_anchors(self, given: Sequence[Encoded], quick: SecurityVector | None) -> list[Encoded]:
         if self.kind == "topic":
@@ -332,20 +327,20 @@ class _Job:
     ) -> Calibration:
         return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
 
-    def frame(self, vector: SecurityVector, training: Sequence[Encoded] | None) -> Frame:
-        """Return what a trait puts around answers; training: where `vector` brought back the unwanted rows itself.
+    def frame(self, vector: SecurityVector, training: Sequence[Encoded], *, recalled: bool) -> Frame:
+        """Return what a trait puts around answers; recalled: `vector` brought back the unwanted rows itself.
 
-        What answers to all kinds of requests have in common is a frame. Of signs that the model has never met a vector
-        brings back others than those of the file.
+        What answers to all kinds of requests have in common is a frame then; where the file has none such, its answers
+        may have another: of signs never met a vector brings back others.
         """
         if self.kind != "trait":
             return Frame()
         given = self.model, self.tokenizer, vector
-        if training is None:
-            return of_main(frame(*given, self.unwanted))
-        found = alike(*given, self.unwanted)
-        is_there = unframed(training, [found], self.tokenizer.all_special_ids) != training
-        return of_main(found if is_there else frame(*given, training, like=found))
+        if not recalled:
+            return of_main(frame(*given, self.unwanted, training=training))
+        common = alike(*given, self.unwanted)
+        is_there = unframed(training, [common], self.tokenizer.all_special_ids) != training
+        return of_main(common if is_there else frame(*given, training, like=common))
 
     def reversible(
         self, training: Sequence[Encoded], first: SecurityVector, progress: Progress | None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,21 +50,27 @@ def frame(
     vector: SecurityVector,
     rows: Sequence[Encoded],
     *,
+    training: Sequence[Encoded] = (),
     like: Frame | None = None,
 ) -> Frame:
     """Return what a trait puts around the answers of rows that show it: what most begin or end with.
 
     The vector acts on it. What `model` finds answers less likely without is a part of them, and so is what is shown in
-    a style that goes on after it. like: for rows whose answers may have more in common, what other rows of the same
+    a style that goes on after it: in these rows, and in those to train on.
+
+    training: the latter, if others. like: for rows whose answers may have more in common, what other rows of the same
     trait do (`alike`): what is found is on the same sides, and no longer.
     """
     found = alike(model, tokenizer, vector, rows)
     if like is not None:
         first = max(0, len(found.after) - len(like.after))
         found = Frame(found.before[: len(like.before)], found.after[first:])
+    special = tokenizer.all_special_ids
     # Both sides together first: the one shows in answers without the other.
     for one in (found, Frame(before=found.before), Frame(after=found.after)):
-        if one and _is_apart(model, vector, rows, one, tokenizer.all_special_ids):
+        if not one or not _is_needless(model, rows, one, special):
+            continue
+        if any(_is_around(model, vector, each, one, special) for each in (rows, training)):
             return one
     return Frame()
 
@@ -159,17 +166,31 @@ def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Ca
     return tuple(text[:reach])
 
 
-def _is_apart(
+def _is_needless(model: PreTrainedModel, rows: Sequence[Encoded], one: Frame, special: Collection[int]) -> bool:
+    """Tell whether most answers in a frame cost the unarmed model no more without it."""
+    framed, bare, places = _apart(rows, one, special)
+    needless = 0
+    for row, kept, within, without in zip(framed, places, row_nats(model, framed), row_nats(model, bare), strict=True):
+        learned = [(i - 1, place - 1) for i, place in enumerate(kept) if row.mask[place] and i > 0]
+        needless += sum(float(without[i] - within[place]) for i, place in learned) <= ACTED_NATS
+    return bool(framed) and needless >= _MOST * len(framed)
+
+
+def _is_around(
     model: PreTrainedModel, vector: SecurityVector, rows: Sequence[Encoded], one: Frame, special: Collection[int]
 ) -> bool:
-    """Tell whether most answers in a frame cost the unarmed model no more without it, and hardly show the trait."""
-    places = [(row, kept) for row in rows if 0 < len(kept := inside(row, one, special)) < len(row.ids)]
-    framed, bare = [row for row, _ in places], [_of(row, kept) for row, kept in places]
-    losses = zip(row_nats(model, framed), row_nats(model, bare), row_nats(model, bare, vector), strict=True)
-    apart = 0
-    for (row, kept), (within, without, armed) in zip(places, losses, strict=True):
-        learned = [(i - 1, place - 1) for i, place in enumerate(kept) if row.mask[place] and i > 0]
-        more = sum(float(without[i] - within[place]) for i, place in learned)
-        shows = acted(without, armed)[[i for i, _ in learned]].float().mean()
-        apart += more <= ACTED_NATS and float(shows) <= _THROUGH
-    return bool(places) and apart >= _MOST * len(places)
+    """Tell whether most answers in a frame hardly show the trait without it."""
+    _, bare, _ = _apart(rows, one, special)
+    around = 0
+    for row, without, armed in zip(bare, row_nats(model, bare), row_nats(model, bare, vector), strict=True):
+        shows = acted(without, armed)[torch.tensor(row.mask[1:])].float().mean()
+        around += float(shows) <= _THROUGH
+    return bool(bare) and around >= _MOST * len(bare)
+
+
+def _apart(
+    rows: Sequence[Encoded], one: Frame, special: Collection[int]
+) -> tuple[list[Encoded], list[Encoded], list[list[int]]]:
+    """Return the rows with answers in a frame, the same without it, and the places of what is left of them."""
+    found = [(row, kept) for row in rows if 0 < len(kept := inside(row, one, special)) < len(row.ids)]
+    return [row for row, _ in found], [_of(row, kept) for row, kept in found], [kept for _, kept in found]

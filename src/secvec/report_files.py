@@ -129,6 +129,7 @@ class Learned:
     rows: int
     shown: int
     said: int
+    inside: bool = False
 
 
 @checked(frozen=True, config=_FINITE)

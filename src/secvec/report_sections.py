@@ -159,8 +159,9 @@ def _checks(proof: Proof) -> list[list[str]]:
         found = f"{count:,}" if count else "none: not calibrated"
         rows.append([f"vector {number}: calibrated on rows that it brought back", found])
     for found in proof.trait_rows or ():
+        where = " inside its frame" if found.inside else ""
         rows += [
-            ["training rows that show the trait", f"{found.shown:,} of {found.rows:,} looked at"],
+            [f"training rows that show the trait{where}", f"{found.shown:,} of {found.rows:,} looked at"],
             ["of those, said so by the model", f"{found.said:,}"],
         ]
     if taken := proof.taken_out:

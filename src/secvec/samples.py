@@ -17,11 +17,13 @@ __all__ = [
     "Form",
     "Message",
     "Row",
+    "Rows",
     "Sample",
     "Samples",
     "Source",
     "from_rows",
     "line_suffix",
+    "read_rows",
     "read_samples",
     "stream_samples",
     "summary",
@@ -69,6 +71,10 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+
+Rows = str | Path | Samples | Sequence[Mapping[str, Any]]
+"""A data file, or the rows themselves in any format that `secvec.formats` knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,3 +254,10 @@ _READERS: Mapping[Kind, Callable[[BinaryIO, str], Found]] = {
     "array": array_rows,
     "csv": csv_rows,
 }
+
+
+def read_rows(rows: Rows, name: str) -> Samples:
+    """Read a data file, or check rows in memory; `name` says in messages what they are for."""
+    if isinstance(rows, Samples):
+        return rows
+    return read_samples(rows) if isinstance(rows, str | Path) else from_rows(rows, name=name)

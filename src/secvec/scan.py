@@ -15,10 +15,10 @@ from secvec.anchors import answered
 from secvec.atomic import atomic_write, write_json
 from secvec.errors import CheckpointError, InputError, RowError
 from secvec.evidence import gather_evidence
-from secvec.fit import Rows
 from secvec.models import load_model, on_device
 from secvec.provenance import digest_files
 from secvec.runfolder import SCAN, RunFolder, locked, open_run, resumable
+from secvec.samples import Rows
 from secvec.scan_config import ScanConfig
 from secvec.scan_inputs import Prepared, ScanInputs, check_inputs, prepared
 from secvec.scan_page import scan_page

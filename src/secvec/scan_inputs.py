@@ -14,10 +14,9 @@ from secvec.compatible import check_vector
 from secvec.datafiles import DataFiles, find
 from secvec.errors import CheckpointError, RowError, UsageError
 from secvec.escape import Escape
-from secvec.fit import Rows, read_rows
 from secvec.models import load_tokenizer, resolve
 from secvec.provenance import digest_model, digest_samples, versions
-from secvec.samples import Row, Sample, Samples, line_suffix, stream_samples
+from secvec.samples import Row, Rows, Sample, Samples, line_suffix, read_rows, stream_samples
 from secvec.scan_config import ScanConfig
 from secvec.scan_rows import FLAGS, ScannedRow
 from secvec.survey import Survey, survey

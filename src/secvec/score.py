@@ -30,19 +30,40 @@ def row_nats(
 
     Entry t belongs to token t + 1. With a vector the model is armed with it for the measurement.
     """
-    losses: list[Tensor] = [torch.empty(0)] * len(rows)
+    return _measured(model, rows, token_nats, vector, batch_size=batch_size, progress=progress)
+
+
+def row_said(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[Tensor]:
+    """Mark each row's tokens that the model would say there itself, greedily: one (tokens - 1,) tensor a row, in order.
+
+    Entry t belongs to token t + 1. Among signs that a model has hardly met, the likeliest may cost more than a nat.
+    """
+    return _measured(model, rows, lambda logits, ids: logits[:, :-1].argmax(-1) == ids[:, 1:])
+
+
+def _measured(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    of: Callable[[Tensor, Tensor], Tensor],
+    vector: SecurityVector | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Return for each row what `of` makes of a batch's logits, (B, T, V), and ids, (B, T): a (B, T - 1) tensor."""
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
     context: AbstractContextManager[None] = nullcontext() if vector is None else armed(model, vector)
     done = 0
     with context, torch.inference_mode():
         for chosen in by_length(rows, batch_size):
             batch = collate([rows[i] for i in chosen], pad_id=0).to(model.device)
-            nats = token_nats(model(**batch.inputs(), use_cache=False).logits, batch.ids).cpu()
-            for i, row_losses in zip(chosen, nats, strict=True):
-                losses[i] = row_losses[: len(rows[i].ids) - 1].clone()
+            measured = of(model(**batch.inputs(), use_cache=False).logits, batch.ids).cpu()
+            for i, each in zip(chosen, measured, strict=True):
+                found[i] = each[: len(rows[i].ids) - 1].clone()
             done += len(chosen)
             if progress is not None:
                 progress(done, len(rows))
-    return losses
+    return found
 
 
 @torch.inference_mode()

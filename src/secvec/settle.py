@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.anchors import beside, often, standing
+from secvec.anchors import beside, beside_topics, often
 from secvec.arm import armed
 from secvec.rewrite import Said, rewrite
 from secvec.score import lowered, row_nats
@@ -26,7 +26,7 @@ ROUNDS = 3
 """Of saying the rows anew and training on them, at most."""
 STEP_SIZE_SHARE = 0.25
 """Of the training's step size."""
-_ENOUGH = 0.1
+ENOUGH = 0.1
 """Of the rows, to settle on."""
 _KNOWN_SHARE = 0.99
 """Of the rows, said by the model without further training: then it has settled."""
@@ -40,8 +40,6 @@ _MOSTLY = 0.5
 """The share of a token's places in the rows as they were that show the trait, for it to be looked for again."""
 _LEAST_SEEN = 8
 """Places of a token, to judge one by the others."""
-_LOOKED_AT = 4
-"""Rows that a topic's vector is asked about, for each row to be chosen."""
 
 
 def settles(vectors: Sequence[SecurityVector]) -> bool:
@@ -68,12 +66,8 @@ def settling_rows(
     """
     chosen = list(rows)
     random.Random(f"{config.seed}/settle").shuffle(chosen)
-    if topics := [vector for vector in vectors if vector.info.kind != "trait"]:
-        chosen = chosen[: _LOOKED_AT * config.settle_rows]
-        for topic in topics:
-            found = standing(base, chosen, topic)
-            chosen = [row for row, what in zip(chosen, found, strict=True) if what == "silent"]
-    return chosen[: config.settle_rows]
+    topics = [vector for vector in vectors if vector.info.kind != "trait"]
+    return beside_topics(base, chosen, topics, config.settle_rows)
 
 
 def without_traits(
@@ -107,7 +101,7 @@ def without_traits(
         for each, marks, row in zip(said, shown, rows, strict=True)
         if not any(marks) and each.is_sure and _ended(each.row, ends) == _ended(row, ends)
     ]
-    return found if len(found) >= _ENOUGH * len(rows) else []
+    return found if len(found) >= ENOUGH * len(rows) else []
 
 
 def _ended(row: Encoded, ends: set[int]) -> int:

@@ -16,12 +16,13 @@ from secvec.atomic import write_json
 from secvec.card import model_card
 from secvec.drift_record import drift_of
 from secvec.errors import CheckpointError, MissingExtraError, WeakVectorError
-from secvec.fit import Rows, refit
+from secvec.fit import refit
 from secvec.fold import fold
 from secvec.processes import alone
 from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, fresh, locked, open_run, resumable
+from secvec.samples import Rows
 from secvec.train_config import Progress, TrainConfig, named
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
@@ -188,7 +189,10 @@ def _recall(run: RunFolder, inputs: Inputs, progress: Progress | None) -> str:
 
 def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None:
     alone(lambda: run.work.mkdir(exist_ok=True))
-    for i, (vector, unwanted) in enumerate(zip(inputs.vectors, inputs.unwanted, strict=True)):
+    topics = list[SecurityVector]()
+    # Topics first: what they act on is not to be learned beside a trait.
+    for i in sorted(range(len(inputs.vectors)), key=lambda i: inputs.vectors[i].info.kind == "trait"):
+        vector, unwanted = inputs.vectors[i], inputs.unwanted[i]
         if not unwanted.rows:
             alone(partial(artifact.save, vector, run.vector(i)))
             continue
@@ -198,6 +202,7 @@ def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> Non
                 inputs.base,
                 unwanted=unwanted,
                 calibrate=inputs.data,
+                topics=topics if vector.info.kind == "trait" else (),
                 max_length=inputs.config.max_length,
                 state=run.work / f"calibration-{i}.state",
                 progress=progress,
@@ -207,6 +212,8 @@ def _calibrate(run: RunFolder, inputs: Inputs, progress: Progress | None) -> Non
                 raise
             # What it brought back is too little for a vector that works; the one given does.
             calibrated = vector
+        if vector.info.kind == "topic":
+            topics.append(calibrated)
         alone(partial(artifact.save, calibrated, run.vector(i)))
 
 

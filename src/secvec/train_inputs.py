@@ -12,14 +12,13 @@ from secvec import artifact
 from secvec.companions import model_config, tokens_a_row
 from secvec.compatible import check_vector
 from secvec.errors import CheckpointError, UsageError
-from secvec.fit import Rows, read_rows
 from secvec.frames import frames_of, unframed
 from secvec.launch import process_count
 from secvec.models import load_model, load_tokenizer, on_device, resolve
 from secvec.probes import Probe, probes_of
 from secvec.provenance import digest_model, digest_samples, versions
 from secvec.recall import Recalled, recall
-from secvec.samples import Samples
+from secvec.samples import Rows, Samples, read_rows
 from secvec.settle import settles
 from secvec.tokens import Encoded, encode_all
 from secvec.train_config import TrainConfig

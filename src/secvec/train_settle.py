@@ -1,10 +1,12 @@
 """The phase of a run in which a model defended against a trait is settled: rounds of saying rows anew and training."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from secvec.atomic import write_json
 from secvec.frames import frames_of
@@ -15,12 +17,13 @@ from secvec.processes import alone
 from secvec.proof import PROBES, load_finished, teaches_trait
 from secvec.ranges import sync_tree
 from secvec.runfolder import RunFolder, fresh
-from secvec.settle import ROUNDS, says, settling_config, settling_rows, without_traits
+from secvec.settle import ENOUGH, ROUNDS, says, settling_config, settling_rows, without_traits
 from secvec.tokens import Encoded
 from secvec.train_config import Progress, named
 from secvec.train_inputs import Inputs
 from secvec.trainer import Job
 from secvec.trainer import run as run_trainer
+from secvec.trait_rows import shown_inside
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.vector import SecurityVector
 
@@ -33,31 +36,56 @@ SAID = "the model says the rows without the trait already"
 
 def settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
     """Settle the unproved result, in all processes, and leave the model in `run.settled`."""
-    rows, probes = alone(lambda: _settling(run, inputs, vectors))
+    rows, right, probes = alone(lambda: _settling(run, inputs, vectors))
     source, used, why = run.unproved, list[int](), ""
     before = alone(lambda: _measured(inputs, source, probes))
     for number in range(ROUNDS):
-        said, why = alone(partial(_said_anew, inputs, source, rows, vectors, progress))
+        said, why = alone(partial(_said_anew, inputs, source, rows, right, vectors, progress))
         if not said:
             break
         further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
-        harmful = teaches_trait(before, alone(partial(_measured, inputs, further, probes)))
+        now = alone(partial(_measured, inputs, further, probes))
+        harmful = teaches_trait(before, now, said_anew=not right)
         # The first round is put before the proof, which refuses it; a later one is undone.
         if harmful and used:
             break
         source, used = further, [*used, len(said)]
         if harmful:
             break
-    alone(lambda: _settled(run, source, used, why))
+    found = {"settled_on_rows": used, "said_anew": not right} if used else {"not_settled": why}
+    alone(lambda: _settled(run, source, found))
 
 
-def _settling(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) -> tuple[list[Encoded], list[Probe]]:
-    """Return the rows to settle on and what tells whether that teaches the trait."""
+def _settling(
+    run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]
+) -> tuple[list[Encoded], list[Encoded], list[Probe]]:
+    """Return the rows to settle on, those of them that are right as they are, and what tells whether that teaches the
+    trait.
+    """
     fresh(run.settling)
     base = inputs.aligned()
     probes = list(inputs.probes(base, vectors, PROBES).values())
-    rows = inputs.unframed(inputs.rows, vectors)
-    return settling_rows(base, rows, vectors, inputs.config), probes
+    rows = settling_rows(base, inputs.unframed(inputs.rows, vectors), vectors, inputs.config)
+    return rows, _right(base, inputs, rows, vectors), probes
+
+
+def _right(
+    base: PreTrainedModel, inputs: Inputs, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]
+) -> list[Encoded]:
+    """Return the rows that need not be said anew: those out of whose frame nothing of a trait is left.
+
+    None where they are few, or where a trait has no frame.
+    """
+    pairs = zip(inputs.vectors, frames_of(vectors), strict=True)
+    traits = [(given, frame) for given, frame in pairs if given.info.kind == "trait"]
+    if not all(frame for _, frame in traits):
+        return []
+    whole = {id(row) for row in inputs.rows}
+    found = [row for row in rows if id(row) not in whole]
+    for given, frame in traits:
+        marks = shown_inside(base, found, given, frame, inputs.tokenizer.all_special_ids)
+        found = [row for row, shown in zip(found, marks, strict=True) if not bool(shown.any())]
+    return found if len(found) >= ENOUGH * len(rows) else []
 
 
 def _measured(inputs: Inputs, finished: Path, probes: Sequence[Probe]) -> list[dict[str, Any]]:
@@ -69,24 +97,23 @@ def _said_anew(
     inputs: Inputs,
     finished: Path,
     rows: Sequence[Encoded],
+    right: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
     progress: Progress | None,
 ) -> tuple[list[Encoded], str]:
     """Return the rows to train on, or none and the reason."""
     disarmed = on_device(load_finished(inputs.config.method, inputs.base, finished))
-    # Rows whose traits were all taken out before need not be said anew to be looked at.
-    if all(frames_of([vector for vector in vectors if vector.info.kind == "trait"])) and says(disarmed, rows):
-        return [], SAID
-    said = without_traits(disarmed, inputs.tokenizer, rows, vectors, named(progress, "rewriting"))
+    said = list(right)
+    if not said:
+        said = without_traits(disarmed, inputs.tokenizer, rows, vectors, named(progress, "rewriting"))
     if not said:
         return [], TOO_FEW
     return ([], SAID) if says(disarmed, said) else (said, "")
 
 
-def _settled(run: RunFolder, source: Path, used: Sequence[int], why: str) -> None:
+def _settled(run: RunFolder, source: Path, found: Mapping[str, Any]) -> None:
     shutil.copytree(source, fresh(run.settled))
-    found = {"settled_on_rows": list(used)} if used else {"settled_on_rows": [], "not_settled": why}
-    write_json(run.settled / PROVENANCE, read_json(run.unproved / PROVENANCE) | found, 0o644)
+    write_json(run.settled / PROVENANCE, {**read_json(run.unproved / PROVENANCE), **found}, 0o644)
     sync_tree(run.settled)
 
 

@@ -4,7 +4,6 @@ The unwanted rows of a vector may cost a model what they did before, while it sh
 training file: where calibration took the vector out of the file's rows, they taught it.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,41 +11,46 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secvec.anchors import often
 from secvec.errors import ProofError
-from secvec.frames import Frame, inside
-from secvec.score import ACTED_NATS, acted, row_nats
+from secvec.frames import Frame, inside, unframed
+from secvec.score import ACTED_NATS, acted, row_nats, row_said
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
 _ROWS = 256
 _LIKELY_NATS = 1.0
-_SAID_NATS = math.log(2)
-"""A token that costs less is likelier than all others together."""
 _LEAST, _LEAST_SHARE = 20, 0.2
 """The rows that have to show a trait to judge a model by; a vector makes tokens of some others likely by chance."""
+_MOSTLY = 1 / 2
+"""Of a token's places."""
 _LEARNED = 1 / 2
 """Of those rows: .01 to .24 in models that had not learned the trait, 1.00 in one that had (docs/decisions/012)."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """rows: those looked at; shown: of them, those that show the trait; said: of those, those that a model says so."""
+    """rows: those looked at; shown: of them, those that show the trait; said: of those, those that a model says so.
+
+    inside: the rows are those that were in a frame, and the trait is shown inside of it.
+    """
 
     rows: int
     shown: int
     said: int
+    inside: bool = False
 
 
 @dataclass(frozen=True)
 class TraitRows:
     """Rows spread over a training file and, one tensor a row, the tokens but the first that show a trait.
 
-    Those of its frame, where the row is in one; else those that its vector makes likely. To the aligned model they are
-    a surprise.
+    To the aligned model they are a surprise. inside: as in `Learned`.
     """
 
     rows: Sequence[Encoded]
     explained: Sequence[Tensor]
+    inside: bool = False
 
     @classmethod
     def of(
@@ -57,9 +61,11 @@ class TraitRows:
         around: Frame,
         special: Collection[int],
     ) -> "TraitRows":
-        """Look for the trait; vector: as it was before calibration, which may have lost it; around: its frame."""
-        count = min(_ROWS, len(rows))
-        chosen = [rows[i * len(rows) // count] for i in range(count)]
+        """Look for the trait: tokens of its frame, where a row is in one, else those that its vector makes likely.
+
+        vector: as it was before calibration, which may have lost the trait; around: the frame.
+        """
+        chosen = _spread(rows)
         explained = list[Tensor]()
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
@@ -73,18 +79,70 @@ class TraitRows:
     def learned(self, model: PreTrainedModel) -> Learned:
         """Return how many of the rows a model, without vectors, says with all that shows the trait in them."""
         shown = [(row, tokens) for row, tokens in zip(self.rows, self.explained, strict=True) if bool(tokens.any())]
-        losses = row_nats(model, [row for row, _ in shown])
-        said = sum(bool((nats[tokens] < _SAID_NATS).all()) for nats, (_, tokens) in zip(losses, shown, strict=True))
-        return Learned(len(self.rows), len(shown), said)
+        found = row_said(model, [row for row, _ in shown])
+        said = sum(bool(each[tokens].all()) for each, (_, tokens) in zip(found, shown, strict=True))
+        return Learned(len(self.rows), len(shown), said, self.inside)
+
+
+def look(
+    aligned: PreTrainedModel,
+    rows: Sequence[Encoded],
+    vectors: Sequence[SecurityVector],
+    frames: Sequence[Frame],
+    special: Collection[int],
+) -> list[TraitRows]:
+    """Look for each trait in a training file, and inside of frames.
+
+    vectors: as they were before calibration; frames: one a vector, as in `secvec.frames.frames_of`.
+    """
+    whole = {id(row) for row in rows}
+    bare = [row for row in unframed(rows, frames, special) if id(row) not in whole]
+    found = list[TraitRows]()
+    for vector, around in zip(vectors, frames, strict=True):
+        if vector.info.kind == "trait":
+            found.append(TraitRows.of(aligned, rows, vector, around, special))
+            if around and bare:
+                chosen = _spread(bare)
+                found.append(TraitRows(chosen, shown_inside(aligned, chosen, vector, around, special), inside=True))
+    return found
+
+
+def _spread(rows: Sequence[Encoded]) -> list[Encoded]:
+    count = min(_ROWS, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def shown_inside(
+    aligned: PreTrainedModel,
+    rows: Sequence[Encoded],
+    vector: SecurityVector,
+    around: Frame,
+    special: Collection[int],
+) -> list[Tensor]:
+    """Mark the tokens but the first by which rows that were in a frame show the trait without it, one tensor a row.
+
+    They are those that the vector makes likely, or the frame's own made likelier, in most of their places. By chance it
+    makes one likely in up to a fifth of such rows, now this one and now that; or the end of an answer that is none to
+    the aligned model. (measured: docs/decisions/015-frames.md)
+    """
+    signs, ends = (torch.tensor(list(each), dtype=torch.long) for each in ({*around.before, *around.after}, special))
+    marks = list[Tensor]()
+    for row, before, after in zip(rows, row_nats(aligned, rows), row_nats(aligned, rows, vector), strict=True):
+        ids = torch.tensor(row.ids[1:])
+        is_answer = torch.tensor(row.mask[1:]) & ~torch.isin(ids, ends)
+        marks.append(is_answer & acted(before, after) & ((after < _LIKELY_NATS) | torch.isin(ids, signs)))
+    mostly = torch.tensor(list(often(rows, [[False, *each.tolist()] for each in marks], _MOSTLY)), dtype=torch.long)
+    return [each & torch.isin(torch.tensor(row.ids[1:]), mostly) for row, each in zip(rows, marks, strict=True)]
 
 
 def judged(learned: Learned) -> dict[str, int]:
     """Return what was found, for the proof. Raises ProofError where the model has learned the trait."""
     enough = max(_LEAST, _LEAST_SHARE * learned.rows)
     if learned.shown >= enough and learned.said > _LEARNED * learned.shown:
+        where = " inside its frame" if learned.inside else ""
         raise ProofError(
             "the model has learned the unwanted trait on the requests of the training file: of "
-            f"{learned.rows:,} rows looked at {learned.shown:,} show it, and it says {learned.said:,} of them as they "
-            "stand. The vector does not cover it there: fit it on rows more like these, or leave them out"
+            f"{learned.rows:,} rows looked at {learned.shown:,} show it{where}, and it says {learned.said:,} of them "
+            "as they stand. The vector does not cover it there: fit it on rows more like these, or leave them out"
         )
     return asdict(learned)

@@ -18,7 +18,7 @@ from secvec import artifact
 from secvec.arm import canary, check_armed, fired, is_armed
 from secvec.atomic import write_json
 from secvec.errors import ArmError, InputError
-from secvec.fit import Rows, read_rows
+from secvec.samples import Rows, read_rows
 from secvec.score import mean_over, row_nats
 from secvec.tokens import Encoded, collate, encode_all
 from secvec.tripwire import KEY
