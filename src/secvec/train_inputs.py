@@ -116,7 +116,7 @@ class Inputs:
         if self.vectors and self.settles:
             rows = min(self.config.settle_rows, len(self.rows))
             notes.append(
-                f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows said anew without it"
+                f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows without it"
             )
         found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}
         return (*notes, *(f"no site: {each}" for each in sorted(found)))
