@@ -115,9 +115,7 @@ class Inputs:
             notes.append(RECALLED)
         if self.vectors and self.settles:
             rows = min(self.config.settle_rows, len(self.rows))
-            notes.append(
-                f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows without it"
-            )
+            notes.append(f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows without it")
         found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}
         return (*notes, *(f"no site: {each}" for each in sorted(found)))
 
