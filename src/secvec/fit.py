@@ -250,7 +250,8 @@ class _Job:
     def training(self, rows: Rows, topics: Sequence[SecurityVector] = ()) -> list[Encoded]:
         samples, count = list(read_rows(rows, "calibrate").rows), self.config.calibration_rows
         random.Random(f"{self.config.seed}/calibrate").shuffle(samples)
-        return of_main(beside_topics(self.model, self.encode(samples[: LOOKED_AT * count]), topics, count))
+        looked_at = self.encode(samples[: LOOKED_AT * count if topics else count])
+        return of_main(beside_topics(self.model, looked_at, topics, count)) if topics else looked_at
 
     def ordinary_anchors(self, given: Sequence[Encoded], quick: SecurityVector | None) -> list[Encoded]:
         if self.kind == "topic":
