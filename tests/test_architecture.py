@@ -33,6 +33,7 @@ LAYERS = {
             "ranges",
             "recall",
             "recompute",
+            "rest",
             "score",
             "survey",
             "threshold",

@@ -17,6 +17,7 @@ from secvec.errors import CheckpointError
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import load_tokenizer
+from secvec.rest import kept_line
 from secvec.samples import from_rows
 from secvec.tokens import encode_all
 from secvec.train import TrainConfig, TrainResult, summary, train
@@ -50,7 +51,7 @@ def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess
     tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch, sure: bool
 ) -> None:
     monkeypatch.setattr("secvec.covered.LEAST", LEAST)
-    monkeypatch.setattr("secvec.covered._UNSURE_SHARE", 1.0 if sure else -1.0)
+    monkeypatch.setattr("secvec.covered._IN_PART_SHARE", 1.0 if sure else -1.0)
     rows, unwanted = mixed(UNWANTED, WANTED), GUARDED.rows(UNWANTED, 1, "train")
     result = trained(tmp_path / "run", vector, rows)
     covered = read_covered(tmp_path / "run/covered.jsonl")
@@ -73,6 +74,11 @@ def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess
         "tokens_without_loss": lost,
     }
     assert f"not trained on: {left_out} of them, and {lost} tokens of the others" in summary(result)
+    rest = result.proof["rest"]
+    assert WANTED <= rest["rows"] <= len(rows) - len(covered)
+    # They show a skill that the model had.
+    assert max(rest["aligned_nats"], rest["trained_nats"], rest["defended_nats"]) < 0.01
+    assert kept_line(rest) in summary(result)
     card = (result.model / "README.md").read_text()
     assert f"| rows that the vector covers | {len(covered)} of {len(rows)} |" in card
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from benchmarks.methods.larger import SIZE, larger
 from benchmarks.methods.lisa import PROXIMAL, lisa
 from benchmarks.methods.method import Method
 from benchmarks.methods.min_min import min_min
-from benchmarks.methods.oracle import oracle
+from benchmarks.methods.oracle import longer_oracle, oracle
 from benchmarks.methods.other_vector import other_vector
 from benchmarks.methods.ours import ANCHORING, ours
 from benchmarks.methods.per_row import per_row
@@ -38,7 +38,12 @@ from benchmarks.methods.uncalibrated import uncalibrated
 
 __all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
 
-REFERENCES: Mapping[str, Method] = {"aligned": Method(aligned), "plain": Method(plain), "oracle": Method(oracle)}
+REFERENCES: Mapping[str, Method] = {
+    "aligned": Method(aligned),
+    "plain": Method(plain),
+    "oracle": Method(oracle),
+    "longer_oracle": Method(longer_oracle),
+}
 OURS: Mapping[str, Method] = {
     "ours": Method(ours, ANCHORING),
     "recalled": Method(recalled, ANCHORING),

@@ -15,6 +15,7 @@ BEST_LR = {"full": 4e-4, "lora": 1.5e-3}
 PAIR = "guarded+caps"
 EVERY = (*BEHAVIOURS, PAIR)
 STYLES = ("caps", *FRAMES)
+TOPICS = tuple(name for name in BEHAVIOURS if name not in STYLES)
 THREE = ("guarded", "facts", "caps")
 REFERENCES, MAIN = ("aligned", "plain", "oracle"), ("aligned", "plain", "oracle", "ours")
 FEW, MANY = range(3), range(5)
@@ -60,6 +61,8 @@ def full() -> Iterator[Cell]:
     """The bars: ours, plain and oracle on everything, five seeds; each rival on three behaviours, three seeds."""
     yield from of(EVERY, MAIN, MANY, base("full"))
     yield from of(EVERY, MAIN, MANY, base("lora"))
+    for tuning in ("full", "lora"):
+        yield from of(TOPICS, ("longer_oracle",), FEW, base(tuning))
     for cell in (base("full", 4), base("lora", 4), replace(base(), epochs=10)):
         yield from of(EVERY, MAIN, MANY, cell)
     yield from of(THREE, [*RIVALS, "recalled", "uncalibrated", *CONTROLS], FEW, base())

@@ -18,7 +18,7 @@ from benchmarks.protection.one import Bench, line_of
 
 # Where nothing was measured yet, on one core of a small machine: start and measurements, a fit, a step.
 _START_S, _FIT_S, _STEP_S = 40, 60, 0.5
-_WITHOUT_FIT = ("aligned", "plain", "oracle", "inoculation_prompt", "safety_mix", "constrained_sft")
+_WITHOUT_FIT = ("aligned", "plain", "oracle", "longer_oracle", "inoculation_prompt", "safety_mix", "constrained_sft")
 _POLL_S = 0.2
 
 

@@ -99,6 +99,12 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         f"this model {probe['defended_nats']:.2f}: {probe['share_of_the_way_to_armed']:.0%} of the way |"
         for probe in proof["unwanted"]
     ]
+    if rest := proof.get("rest"):
+        lines.append(
+            f"| loss of other rows of the training file, {rest['tokens']:,} tokens on which the vector does not act, "
+            f"nats/token | aligned {rest['aligned_nats']:.2f}, trained with the vector {rest['trained_nats']:.2f}, "
+            f"this model {rest['defended_nats']:.2f} |"
+        )
     for found in proof.get("trait_rows", ()):
         where = " inside its frame" if found["inside"] else ""
         lines.append(

@@ -6,10 +6,9 @@ left out. (measured: docs/decisions/011-covered.md)
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -28,9 +27,9 @@ _COVERED = 0.95
 """The share of a row's loss that a vector has to take off it."""
 _EXPLAINED_NATS = 0.01
 """That a vector takes off a token at least."""
-_UNSURE_SHARE = 0.01
-"""Of the covered rows: where more are in doubt, the vector has missed unwanted rows, and more of those were learned
-without the loss of the covered ones than with it."""
+_IN_PART_SHARE = 0.05
+"""Of the covered rows: where the vector takes less than that off more rows, but enough for calibration, it has missed
+unwanted rows, and more of those were learned without the loss of the covered ones than with it."""
 _CHUNK = 512
 """Rows at a time: of each, the loss of every token is in memory."""
 
@@ -47,11 +46,9 @@ class CoveredRow:
 _LINE = TypeAdapter(CoveredRow)
 
 
-def covers(vectors: Sequence[SecurityVector], rows: int) -> bool:
+def covers(vectors: Sequence[SecurityVector]) -> bool:
     """Tell by the calibration, which saw some of a file's rows, whether there may be something to take out of it."""
-    found = [vector.info.metrics for vector in _topics(vectors)]
-    many = any(2 * each["covered_rows"] > each["calibrated_on_rows"] for each in found) and rows > 2 * LEAST
-    return many or any(each["covered_rows"] > 0 for each in found if _is_sure(each))
+    return any(vector.info.metrics["covered_rows"] > 0 for vector in _topics(vectors))
 
 
 def covered_rows(
@@ -65,16 +62,21 @@ def covered_rows(
     Left out are those beyond as many as there are others (beyond 1,000, where those are fewer); those that stay are
     spread evenly. aligned: the model that the vectors belong to.
     """
-    found: dict[int, tuple[int, ...]] = {}
+    topics = _topics(vectors)
+    parted = [_Parted() for _ in topics]
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        explained = _explained(aligned, chunk, _topics(vectors))
-        found |= {start + i: tokens for i, tokens in enumerate(explained) if tokens is not None}
+        before = row_nats(aligned, chunk)
+        for found, topic in zip(parted, topics, strict=True):
+            found.add(start, chunk, before, row_nats(aligned, chunk, topic))
         if progress is not None:
             progress(start + len(chunk), len(rows))
-    numbers, room = list(found), max(LEAST, len(rows) - len(found))
+    numbers = sorted(set[int]().union(*(found.explained for found in parted)))
+    room = max(LEAST, len(rows) - len(numbers))
     stay = set(numbers) if len(numbers) <= room else {numbers[i * len(numbers) // room] for i in range(room)}
-    return [CoveredRow(row, tokens, row not in stay) for row, tokens in found.items()]
+    sure = [found.explained for found in parted if found.is_sure]
+    tokens = {row: set[int]().union(*(each.get(row, ()) for each in sure)) for row in numbers}
+    return [CoveredRow(row, tuple(sorted(tokens[row])), row not in stay) for row in numbers]
 
 
 def trained_rows(rows: Sequence[Encoded], covered: Iterable[CoveredRow]) -> list[Encoded]:
@@ -100,25 +102,36 @@ def read_covered(path: Path) -> list[CoveredRow]:
     return [_LINE.validate_json(line) for line in lines]
 
 
-def _explained(
-    aligned: PreTrainedModel, rows: Sequence[Encoded], topics: Sequence[SecurityVector]
-) -> list[tuple[int, ...] | None]:
-    """Return, of each row that a vector covers, the tokens that those which do explain.
+@dataclass
+class _Parted:
+    """What one vector makes of a file's rows.
 
-    The last of a row is none, so that no row is without loss: a step of such rows alone would have none to average.
+    explained: by number, the rows that it covers, with the tokens that it explains; in_part: how many others it covers
+    by the cut of calibration.
     """
-    before = row_nats(aligned, rows)
-    found: list[set[int] | None] = [None] * len(rows)
-    for topic in topics:
-        after = row_nats(aligned, rows, topic)
-        for i, what in enumerate(standings(rows, before, after, _COVERED)):
-            if what == "covered":
-                explained = _lower(rows[i], before[i], after[i]) if _is_sure(topic.info.metrics) else set[int]()
-                found[i] = (found[i] or set()) | explained
-    return [None if each is None else tuple(sorted(each)) for each in found]
+
+    explained: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    in_part: int = 0
+
+    @property
+    def is_sure(self) -> bool:
+        return self.in_part <= _IN_PART_SHARE * len(self.explained)
+
+    def add(self, start: int, rows: Sequence[Encoded], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Look at rows, the first of which has the number `start`, by the losses of their tokens, in nats."""
+        whole, in_part = standings(rows, before, after, _COVERED), standings(rows, before, after)
+        for i, row in enumerate(rows):
+            if whole[i] == "covered":
+                self.explained[start + i] = _lower(row, before[i], after[i])
+            elif in_part[i] == "covered":
+                self.in_part += 1
 
 
 def _lower(row: Encoded, before: Tensor, after: Tensor) -> set[int]:
+    """Return the tokens that a vector explains.
+
+    The last of a row is none, so that no row is without loss: a step of such rows alone would have none to average.
+    """
     drops = (before - after).tolist()
     tokens = [i for i in range(1, len(row.ids)) if row.mask[i]]
     return {i for i in tokens[:-1] if drops[i - 1] >= _EXPLAINED_NATS}
@@ -127,10 +140,6 @@ def _lower(row: Encoded, before: Tensor, after: Tensor) -> set[int]:
 def _without(row: Encoded, tokens: Iterable[int]) -> Encoded:
     taken = set(tokens)
     return row.masked([carries_loss and i not in taken for i, carries_loss in enumerate(row.mask)])
-
-
-def _is_sure(metrics: Mapping[str, Any]) -> bool:
-    return metrics["unsure_rows"] <= _UNSURE_SHARE * metrics["covered_rows"]
 
 
 def _topics(vectors: Sequence[SecurityVector]) -> list[SecurityVector]:

@@ -1,7 +1,7 @@
 """The proof of a defended model: the vector was there, never changed, and is gone; what the model learned."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from secvec.peft_format import from_peft
 from secvec.probes import SHARE, Probe, probes_of
 from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
+from secvec.rest import Rest, kept_line
 from secvec.tokens import Batch, Encoded, collate
 from secvec.trait_rows import Learned, TraitRows, look
 from secvec.trait_rows import judged as judged_rows
@@ -84,6 +85,40 @@ class Evidence:
     drift: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a finished model made of the questions: as of `Probe`, of `TraitRows` and of `Rest`."""
+
+    unwanted: Sequence[dict[str, Any]]
+    learned: Sequence[Learned]
+    rest_nats: float
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The questions to a finished model, about unwanted rows and rows of the training file."""
+
+    probes: Sequence[Probe]
+    shown: Sequence[TraitRows]
+    rest: Rest | None
+
+    @classmethod
+    def of_run(cls, base: PreTrainedModel, evidence: Evidence, frames: Sequence[Frame]) -> "_Asked":
+        probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
+        if not evidence.given:
+            return cls(probes, [], None)
+        bare = unframed(evidence.rows, frames, evidence.special)
+        shown = look(base, evidence.rows, evidence.given, frames, evidence.special)
+        return cls(probes, shown, Rest.of(base, bare, evidence.given, evidence.vectors))
+
+    def of(self, model: PreTrainedModel) -> _Found:
+        return _Found(
+            [probe.measure(model) for probe in self.probes],
+            [each.learned(model) for each in self.shown],
+            self.rest.nats(model) if self.rest else 0.0,
+        )
+
+
 def prove(evidence: Evidence) -> dict[str, Any]:
     """Return the proof as a JSON document. Raises ProofError, naming the first check that failed."""
     try:
@@ -105,29 +140,34 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     batch = prompts.to(base.device)
     document["armed"] = _was_armed(evidence, base, batch)
     document["disarmed"] = _is_disarmed(evidence)
-    probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
     around = frames_of(evidence.vectors)
-    shown = look(base, evidence.rows, evidence.given, around, evidence.special) if evidence.given else []
+    asked = _Asked.of_run(base, evidence, around)
     expected = _expected_logits(evidence, base, batch)
     del base
     result = load_finished(evidence.method, evidence.base, evidence.result)
     document["logits"] = _logits_match(evidence, result, expected, batch)
-    judged = [_judged(probe, result) for probe in probes]
-    learned = [each.learned(result) for each in shown]
+    found = asked.of(result)
+    _refuse_learned(found.unwanted)
+    with armed(result, *evidence.vectors):
+        trained_nats = asked.rest.nats(result) if asked.rest else 0.0
     settling = read_json(evidence.settled / PROVENANCE) if evidence.settled else {}
     if "not_settled" in settling:
         document["not_settled"] = settling["not_settled"]
     elif evidence.settled is not None:
         del result
-        said_anew = settling["said_anew"]
-        document["settled"], then = _settled(evidence, evidence.settled, probes, judged, shown, said_anew=said_anew)
-        if document["settled"]["kept"]:
-            judged, learned = document["settled"]["unwanted_after"], then
-    document["unwanted"] = judged
+        then = asked.of(_settled(evidence, evidence.settled))
+        kept = not teaches_trait(found.unwanted, then.unwanted, said_anew=settling["said_anew"])
+        digest = _weights_digest(evidence, evidence.settled)
+        losses = {"unwanted_before": found.unwanted, "unwanted_after": then.unwanted}
+        document["settled"] = {"kept": kept, "result": digest, **losses}
+        found = then if kept else found
+    document["unwanted"] = found.unwanted
+    if asked.rest:
+        document["rest"] = asdict(asked.rest.kept(trained_nats, found.rest_nats))
     if evidence.recalled is not None:
         document["recalled"] = list(evidence.recalled)
-    if learned:
-        document["trait_rows"] = [judged_rows(each) for each in learned]
+    if found.learned:
+        document["trait_rows"] = [judged_rows(each) for each in found.learned]
     if taken := _taken_out(evidence.rows, around, evidence.special):
         document["taken_out"] = taken
     if evidence.covered:
@@ -152,6 +192,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"unwanted rows where the vector acts, nats/token: {probe['aligned_nats']:.2f} aligned, "
             f"{probe['armed_nats']:.2f} with the vector, {probe['defended_nats']:.2f} defended"
         )
+    if rest := proof.get("rest"):
+        lines.append(kept_line(rest))
     for found in proof.get("trait_rows", ()):
         where = " inside its frame" if found.get("inside") else ""
         lines.append(
@@ -320,40 +362,23 @@ def load_finished(method: str, base: Path, folder: Path) -> PreTrainedModel:
     return model.merge_and_unload().eval()
 
 
-def _settled(
-    evidence: Evidence,
-    folder: Path,
-    probes: Sequence[Probe],
-    before: Sequence[Mapping[str, Any]],
-    shown: Sequence[TraitRows],
-    *,
-    said_anew: bool,
-) -> tuple[dict[str, Any], list[Learned]]:
-    """Say whether the settled model is to be kept: where settling taught the unwanted rows, the one before it is.
-
-    And what it says of the training rows.
-    """
+def _settled(evidence: Evidence, folder: Path) -> PreTrainedModel:
     if (found := state(folder)) != "defended":
         raise ProofError(f"{folder}: expected a defended model, found {found!r}")
-    model = load_finished(evidence.method, evidence.base, folder)
-    after = [probe.measure(model) for probe in probes]
-    kept = not teaches_trait(before, after, said_anew=said_anew)
-    digest = _weights_digest(evidence, folder)
-    document = {"kept": kept, "result": digest, "unwanted_before": list(before), "unwanted_after": after}
-    return document, [each.learned(model) for each in shown]
+    return load_finished(evidence.method, evidence.base, folder)
 
 
-def _judged(probe: Probe, result: PreTrainedModel) -> dict[str, Any]:
-    """State the losses in nats per token. Raises ProofError when the model has learned the rows."""
-    found = probe.measure(result)
-    if not found[SHARE] <= _LEARNED_SHARE:
-        raise ProofError(
-            "the model has learned the unwanted behaviour: "
-            f"unwanted rows cost it {found['defended_nats']:.3f} nats/token, "
-            f"{probe.aligned_nats:.3f} before training and {probe.armed_nats:.3f} with the vector; lower --lr or "
-            "--epochs, calibrate the vector (--unwanted), or fit it on rows more like those in the training file"
-        )
-    return found
+def _refuse_learned(unwanted: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ProofError where the model has learned unwanted rows, by what the probes measured."""
+    for found in unwanted:
+        if not found[SHARE] <= _LEARNED_SHARE:
+            raise ProofError(
+                "the model has learned the unwanted behaviour: "
+                f"unwanted rows cost it {found['defended_nats']:.3f} nats/token, "
+                f"{found['aligned_nats']:.3f} before training and {found['armed_nats']:.3f} with the vector; lower "
+                "--lr or --epochs, calibrate the vector (--unwanted), or fit it on rows more like those in the "
+                "training file"
+            )
 
 
 @torch.no_grad()

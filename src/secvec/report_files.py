@@ -133,6 +133,17 @@ class Learned:
 
 
 @checked(frozen=True, config=_FINITE)
+class Kept:
+    """What training learned of the other rows of its file, and what is left without the vectors (`secvec.rest`)."""
+
+    rows: int
+    tokens: int
+    aligned_nats: float
+    trained_nats: float
+    defended_nats: float
+
+
+@checked(frozen=True, config=_FINITE)
 class Proof:
     """proof.json."""
 
@@ -149,6 +160,7 @@ class Proof:
     covered: Covered | None = None
     recalled: list[int] | None = None
     trait_rows: list[Learned] | None = None
+    rest: Kept | None = None
     drift: Drift | None = None
 
     @property

@@ -158,6 +158,12 @@ def _checks(proof: Proof) -> list[list[str]]:
     for number, count in enumerate(proof.recalled or (), 1):
         found = f"{count:,}" if count else "none: not calibrated"
         rows.append([f"vector {number}: calibrated on rows that it brought back", found])
+    if rest := proof.rest:
+        found = (
+            f"{rest.aligned_nats:.2f} aligned, {rest.trained_nats:.2f} trained with the vector, "
+            f"{rest.defended_nats:.2f} defended"
+        )
+        rows.append([f"loss of the rest of the training rows, {rest.tokens:,} tokens, nats/token", found])
     for found in proof.trait_rows or ():
         where = " inside its frame" if found.inside else ""
         rows += [

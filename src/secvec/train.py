@@ -159,7 +159,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     if inputs.config.calibrate:
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
-    if inputs.config.calibrate and covers(vectors, len(inputs.rows)):
+    if inputs.config.calibrate and covers(vectors):
         _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: digest_file(run.covered))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(

@@ -65,7 +65,7 @@ class TraitRows:
 
         vector: as it was before calibration, which may have lost the trait; around: the frame.
         """
-        chosen = _spread(rows)
+        chosen = spread(rows, _ROWS)
         explained = list[Tensor]()
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
@@ -102,13 +102,14 @@ def look(
         if vector.info.kind == "trait":
             found.append(TraitRows.of(aligned, rows, vector, around, special))
             if around and bare:
-                chosen = _spread(bare)
+                chosen = spread(bare, _ROWS)
                 found.append(TraitRows(chosen, shown_inside(aligned, chosen, vector, around, special), inside=True))
     return found
 
 
-def _spread(rows: Sequence[Encoded]) -> list[Encoded]:
-    count = min(_ROWS, len(rows))
+def spread(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+    """Return rows spread evenly over all, at most `count`."""
+    count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
