@@ -13,7 +13,7 @@ from checkpoints import save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
-from secvec.anchors import Calibration, calibration, neighbours
+from secvec.anchors import Calibration, calibration, neighbours, standings
 from secvec.arm import armed
 from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import fit_factors
@@ -23,7 +23,7 @@ from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
-from secvec.tokens import encode_all
+from secvec.tokens import Encoded, encode_all
 
 UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
 FAST = FitConfig(rank=4, epochs=12, batch_size=8, max_length=64, lr=2e-2)
@@ -179,6 +179,46 @@ def test_a_row_among_rows_that_the_vector_covers_counts_for_more(folder: Path) -
     assert (len(alone.covered), alone.unsure, len(alone.anchors)) == (20, 1, 20)
     assert (len(together.covered), together.unsure, len(together.anchors)) == (21, 1, 20)
     assert neighbours(model, training[:1]).shape == (1, 0)
+
+
+def test_what_a_vector_takes_off_every_row_makes_none_doubtful() -> None:
+    row, before = Encoded(tuple(range(5)), (False, *[True] * 4)), torch.full((4,), 10.0)
+
+    def found(*shares: float) -> list[str]:
+        count = len(shares)
+        afters = [(1 - share) * before for share in shares]
+        return [str(each) for each in standings([row] * count, [before] * count, afters, 0.5)]
+
+    assert found(0.9, 0.15, 0.15, 0.15, 0.35) == ["covered", "silent", "silent", "silent", "unsure"]
+    assert found(0.9, -2.0, -2.0, 0.45) == ["covered", "unsure", "unsure", "unsure"]
+    # Not usual is what it takes off most of the unwanted rows that it misses.
+    assert found(0.9, 0.4, 0.4, 0.4, 0.0) == ["covered", "unsure", "unsure", "unsure", "silent"]
+    assert found(0.9, 0.4, 0.4, 0.4, 0.0, 0.0) == ["covered", "unsure", "unsure", "unsure", "silent", "silent"]
+    assert found(0.9) == ["covered"]
+
+
+def test_a_row_on_which_a_vector_acts_by_chance_is_anchored_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(answer: int) -> Encoded:
+        return Encoded(tuple(range(answer + 2)), (False, False, *[True] * answer))
+
+    unwanted, usual, hidden = row(4), row(40), row(400)
+    before = {each.ids: torch.full((len(each.ids) - 1,), 10.0) for each in (unwanted, usual, hidden)}
+    after = {unwanted.ids: torch.zeros(5), usual.ids: before[usual.ids].clone(), hidden.ids: before[hidden.ids].clone()}
+    after[usual.ids][5:8:2] = 6.0
+    after[hidden.ids][-4:] = 0.0
+
+    def row_nats(_: object, rows: list[Encoded], vector: object = None) -> list[torch.Tensor]:
+        return [(before if vector is None else after)[each.ids] for each in rows]
+
+    monkeypatch.setattr("secvec.anchors.row_nats", row_nats)
+    vector = fit(folder, UNWANTED, config=replace(FAST, epochs=1), allow_weak=True)
+    found = calibration(load_model(folder), [unwanted, usual, hidden], vector, kind="topic", cut=0.5)
+    assert [each.ids for each in found.covered] == [unwanted.ids] and found.unsure == 0
+    assert [(each.ids, sum(each.mask)) for each in found.anchors] == [(usual.ids, 41), (hidden.ids, 396)]
+    found = calibration(load_model(folder), [usual, hidden], vector, kind="topic", cut=0.5)
+    assert [(each.ids, sum(each.mask)) for each in found.anchors] == [(usual.ids, 4), (hidden.ids, 396)]
 
 
 def test_a_trait_needs_no_anchors_and_ordinary_ones_are_cut_to_what_it_leaves_alone(folder: Path) -> None:

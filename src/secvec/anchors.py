@@ -23,6 +23,8 @@ COVERED_AT_FIRST, COVERED = 1 / 2, 1 / 3
 skill, so a first vector, which is not yet silent on the file's wanted rows, is believed only where it is very clear."""
 _UNSURE = 0.1
 _NOISE_NATS = 0.2
+_MOST_USUAL = 0.2
+_LITTLE, _FEW = 1 / 4, 0.05
 _UNSURE_SHARE = 0.1
 _SIZES = (1.0, 0.75, 0.5, 0.25)
 """Of a trait's vector that is subtracted."""
@@ -121,23 +123,27 @@ def calibration(
     token on. A row is covered, from the first token on which the vector acts, where the vector takes the share `cut`
     off its loss; it is unsure, and left alone, where its loss changes by a tenth in either direction (a vector may know
     *that* the answer is to be wrong, but not which); else it is anchored up to that token. Rows on which the vector
-    does not act are anchored whole. With `alike`, what `neighbours` returned, a row among mostly covered ones counts
-    for more than its own loss says. (docs/decisions/005-calibration.md)
+    does not act, or far less than on any that it covers, are anchored whole. With `alike`, what `neighbours` returned,
+    a row among mostly covered ones counts for more than its own loss says. (docs/decisions/005-calibration.md)
     """
     anchors, covered = list[Encoded](), list[Encoded]()
     unsure = acted_tokens = tokens = 0
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
     told = [None] * len(rows) if risen is None else _told_apart(rows, befores, afters, risen)
     stand: Sequence[Standing | None] = [None] * len(rows)
+    chance = [False] * len(rows)
     if kind == "topic":
         found = standings(rows, befores, afters, cut)
+        chance = _by_chance(rows, befores, afters, found, cut)
         stand = found if alike is None else _among_neighbours(found, alike)
-    for row, before, after, shown, stands in zip(rows, befores, afters, told, stand, strict=True):
+    for row, before, after, shown, stands, is_chance in zip(rows, befores, afters, told, stand, chance, strict=True):
         learned = torch.tensor(row.mask[1:])
         marked = acted(before, after) & learned
         acted_tokens += int(marked.sum())
         tokens += int(learned.sum())
-        if kind == "topic":
+        if stands == "silent" and is_chance:
+            marked = torch.zeros_like(marked)
+        elif kind == "topic":
             # Unwanted from the first such token on.
             marked = marked.cumsum(0) > 0
             if stands == "covered" and bool(marked.any()):
@@ -269,18 +275,71 @@ def _among_neighbours(found: Sequence[Standing], alike: Tensor) -> list[Standing
 def standings(
     rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor], cut: float = COVERED
 ) -> list[Standing]:
-    """Say what a topic's vector makes of each row, by the losses of its tokens without it and with it, in nats."""
+    """Say what a topic's vector makes of each row, by the losses of its tokens without it and with it, in nats.
+
+    What the vector takes off nearly every row that it does not cover is left out of account.
+    """
+    losses = _losses(rows, befores, afters)
+    shares = [_share(*each) for each in losses]
+    usual = _usual(shares, cut)
+    above = [(share - usual) / (1 - usual) for share in shares]
+    return [_standing(*each, share, cut) for each, share in zip(losses, above, strict=True)]
+
+
+def _losses(
+    rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the losses of each row's answer tokens."""
     masked = ((torch.tensor(row.mask[1:]), b, a) for row, b, a in zip(rows, befores, afters, strict=True))
-    return [_standing(before[learned], after[learned], cut) for learned, before, after in masked]
+    return [(before[learned], after[learned]) for learned, before, after in masked]
 
 
-def _standing(before: Tensor, after: Tensor, cut: float) -> Standing:
-    """Judge a row by the losses of its answer tokens."""
-    drop = before - after
-    share = float(drop.sum() / before.sum())
+def _share(before: Tensor, after: Tensor) -> float:
+    return float((before - after).sum() / before.sum())
+
+
+def _usual(shares: Sequence[float], cut: float) -> float:
+    """Return the share of the loss that a vector takes off nearly every row that it does not cover; little at most.
+
+    It may make signs that are new to the model likelier wherever they are. Mostly it takes none off some rows.
+    """
+    others = [share for share in shares if share < cut]
+    found = float(torch.tensor(others).quantile(_FEW)) if others else 0.0
+    return min(max(found, 0.0), _MOST_USUAL)
+
+
+def _by_chance(
+    rows: Sequence[Encoded],
+    befores: Sequence[Tensor],
+    afters: Sequence[Tensor],
+    found: Sequence[Standing],
+    cut: float,
+) -> list[bool]:
+    """Mark the rows of which a vector takes less than a quarter of what it takes off nearly every row that it covers.
+
+    In nats, off any stretch of a row, so that text around what is unwanted does not hide it. None is marked but where
+    the vector takes some off nearly every row: else rows that it has missed would be among them.
+    """
+    losses = _losses(rows, befores, afters)
+    gains = [_gain(before - after) for before, after in losses]
+    covered = [gain for gain, each in zip(gains, found, strict=True) if each == "covered"]
+    if not covered or _usual([_share(*each) for each in losses], cut) == 0:
+        return [False] * len(rows)
+    bound = _LITTLE * float(torch.tensor(covered).quantile(_FEW))
+    return [gain < bound for gain in gains]
+
+
+def _gain(drops: Tensor) -> float:
+    """Return the largest sum over a stretch of tokens."""
+    sums = torch.cat([torch.zeros(1), drops.cumsum(0)])
+    return float((sums - sums.cummin(0).values).max())
+
+
+def _standing(before: Tensor, after: Tensor, share: float, cut: float) -> Standing:
+    """Judge a row by the losses of its answer tokens, and the share of them that a vector takes off."""
     if share >= cut and bool(acted(before, after).any()):
         return "covered"
-    return "unsure" if abs(share) >= _UNSURE and float(drop.abs().max()) >= ACTED_NATS else "silent"
+    return "unsure" if abs(share) >= _UNSURE and float((before - after).abs().max()) >= ACTED_NATS else "silent"
 
 
 def _dimmed(before: Tensor, after: Tensor, vocabulary: int) -> Tensor:
