@@ -22,7 +22,7 @@ from secvec.vector import SecurityVector
 _MOST = 1 / 2
 """Of the answers in the unwanted rows, those that begin or end alike; of the places of a frame's innermost token, those
 on which the vector acts; of the rows, those whose answer needs no frame."""
-_THROUGH = 1 / 3
+THROUGH = 1 / 3
 """Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 Tokens = tuple[int, ...]
 
@@ -184,7 +184,7 @@ def _is_around(
     around = 0
     for row, without, armed in zip(bare, row_nats(model, bare), row_nats(model, bare, vector), strict=True):
         shows = acted(without, armed)[torch.tensor(row.mask[1:])].float().mean()
-        around += float(shows) <= _THROUGH
+        around += float(shows) <= THROUGH
     return bool(bare) and around >= _MOST * len(bare)
 
 

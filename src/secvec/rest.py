@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secvec.anchors import LOOKED_AT, beside_topics
+from secvec.frames import THROUGH
 from secvec.score import acted, mean_over, row_nats
 from secvec.tokens import Encoded
 from secvec.trait_rows import spread
 from secvec.vector import SecurityVector
 
-_ROWS = 256
-_LEARNED_NATS = 0.1
-"""Per token, for a file to have taught anything."""
-_KEPT_SHARE = 0.9
-"""Of what training took off the loss: .77 to .87 where a model had lost the wanted skill with the vector, .96 to 1.00
-where it had not (docs/log.md)."""
+_ROWS, _LEAST_SHARE = 256, 0.2
+_LEFT_NATS = 0.1
+"""Per token: .15 to .6 more than with the vector in models that had lost a wanted skill or half of it, at most .06 in
+those that had not (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Rest:
-    """Rows spread over a training file, with the tokens marked that carry loss and on which no vector acts."""
+    """Rows spread over a training file, with the tokens marked that carry loss and on which no vector acts.
+
+    Where a trait goes through an answer, the model without it is not to know that answer: such rows are none of these.
+    """
 
     rows: Sequence[Encoded]
     aligned_nats: float
@@ -49,7 +52,7 @@ class Rest:
         given: Sequence[SecurityVector],
         used: Sequence[SecurityVector],
     ) -> "Rest | None":
-        """Choose among rows as they were trained on, without frames; None where a vector acts on all.
+        """Choose among rows as they were trained on, without frames; None where a vector acts on most.
 
         given, used: the vectors before calibration, in which a trait is whole, and after it, when a topic's parts rows
         best.
@@ -61,9 +64,9 @@ class Rest:
         for trait in given:
             if trait.info.kind == "trait":
                 after = row_nats(aligned, chosen, trait)
-                marks = [mark & ~acted(b, a) for mark, b, a in zip(marks, before, after, strict=True)]
+                marks = [_beside(mark, acted(b, a)) for mark, b, a in zip(marks, before, after, strict=True)]
         pairs = [(row, nats, mark) for row, nats, mark in zip(chosen, before, marks, strict=True) if bool(mark.any())]
-        if not pairs:
+        if not pairs or len(pairs) < _LEAST_SHARE * len(chosen):
             return None
         left = [row.masked([False, *mark.tolist()]) for row, _, mark in pairs]
         return cls(left, mean_over(left, [nats for _, nats, _ in pairs]))
@@ -77,10 +80,15 @@ class Rest:
         return Kept(len(self.rows), tokens, self.aligned_nats, trained_nats, defended_nats)
 
 
+def _beside(learned: Tensor, shows: Tensor) -> Tensor:
+    """Return the tokens beside a trait; none where it goes through the answer."""
+    shows = shows & learned
+    return learned & ~shows if int(shows.sum()) <= THROUGH * int(learned.sum()) else torch.zeros_like(learned)
+
+
 def kept_line(found: Mapping[str, float]) -> str:
-    """Say what a proof holds of it, as of `Kept`, and whether that is too little."""
-    learned = found["aligned_nats"] - found["trained_nats"]
-    is_lost = found["aligned_nats"] - found["defended_nats"] < _KEPT_SHARE * learned and learned >= _LEARNED_NATS
+    """Say what a proof holds of it, as of `Kept`, and whether too little is left."""
+    is_lost = found["defended_nats"] - found["trained_nats"] > _LEFT_NATS
     return (
         f"rest of the training rows, nats/token: {found['aligned_nats']:.2f} aligned, {found['trained_nats']:.2f} "
         f"trained with the vector, {found['defended_nats']:.2f} defended"
