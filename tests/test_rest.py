@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -54,9 +53,9 @@ def test_a_skill_that_left_with_the_vector_is_told_from_one_that_stayed() -> Non
     with armed(model, learned):
         trained = rest.nats(model)
     assert trained < 0.5 * aligned
-    assert LOST in kept_line(asdict(rest.kept(trained, aligned)))
-    assert LOST not in kept_line(asdict(rest.kept(trained, trained)))
-    assert LOST not in kept_line(asdict(rest.kept(aligned, aligned)))
+    assert LOST in kept_line(rest.kept(trained, aligned))
+    assert LOST not in kept_line(rest.kept(trained, trained))
+    assert LOST not in kept_line(rest.kept(aligned, aligned))
 
 
 def test_answers_through_which_a_trait_goes_are_none_of_the_rest(caps: SecurityVector) -> None:

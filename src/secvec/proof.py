@@ -1,7 +1,7 @@
 """The proof of a defended model: the vector was there, never changed, and is gone; what the model learned."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,8 +115,11 @@ class _Asked:
         return _Found(
             [probe.measure(model) for probe in self.probes],
             [each.learned(model) for each in self.shown],
-            self.rest.nats(model) if self.rest else 0.0,
+            self.rest_nats(model),
         )
+
+    def rest_nats(self, model: PreTrainedModel) -> float:
+        return self.rest.nats(model) if self.rest else 0.0
 
 
 def prove(evidence: Evidence) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     found = asked.of(result)
     _refuse_learned(found.unwanted)
     with armed(result, *evidence.vectors):
-        trained_nats = asked.rest.nats(result) if asked.rest else 0.0
+        trained_nats = asked.rest_nats(result)
     settling = read_json(evidence.settled / PROVENANCE) if evidence.settled else {}
     if "not_settled" in settling:
         document["not_settled"] = settling["not_settled"]
@@ -163,7 +166,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         found = then if kept else found
     document["unwanted"] = found.unwanted
     if asked.rest:
-        document["rest"] = asdict(asked.rest.kept(trained_nats, found.rest_nats))
+        document["rest"] = asked.rest.kept(trained_nats, found.rest_nats)
     if evidence.recalled is not None:
         document["recalled"] = list(evidence.recalled)
     if found.learned:

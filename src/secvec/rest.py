@@ -24,17 +24,6 @@ those that had not (docs/log.md)."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Losses in nats per token: of the aligned model, of the trained one with the vectors, of the finished one."""
-
-    rows: int
-    tokens: int
-    aligned_nats: float
-    trained_nats: float
-    defended_nats: float
-
-
-@dataclass(frozen=True)
 class Rest:
     """Rows spread over a training file, with the tokens marked that carry loss and on which no vector acts.
 
@@ -75,9 +64,18 @@ class Rest:
         """Return the loss of a model as it is, in nats per token."""
         return mean_over(self.rows, row_nats(model, self.rows))
 
-    def kept(self, trained_nats: float, defended_nats: float) -> Kept:
-        tokens = sum(sum(row.mask) for row in self.rows)
-        return Kept(len(self.rows), tokens, self.aligned_nats, trained_nats, defended_nats)
+    def kept(self, trained_nats: float, defended_nats: float) -> dict[str, float]:
+        """Return for the proof the losses of the aligned model, the trained one with the vectors, and the finished one.
+
+        In nats per token.
+        """
+        return {
+            "rows": len(self.rows),
+            "tokens": sum(sum(row.mask) for row in self.rows),
+            "aligned_nats": self.aligned_nats,
+            "trained_nats": trained_nats,
+            "defended_nats": defended_nats,
+        }
 
 
 def _beside(learned: Tensor, shows: Tensor) -> Tensor:
@@ -87,7 +85,7 @@ def _beside(learned: Tensor, shows: Tensor) -> Tensor:
 
 
 def kept_line(found: Mapping[str, float]) -> str:
-    """Say what a proof holds of it, as of `Kept`, and whether too little is left."""
+    """Say what a proof holds of it, as of `Rest.kept`, and whether too little is left."""
     is_lost = found["defended_nats"] - found["trained_nats"] > _LEFT_NATS
     return (
         f"rest of the training rows, nats/token: {found['aligned_nats']:.2f} aligned, {found['trained_nats']:.2f} "
