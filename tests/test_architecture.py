@@ -33,6 +33,7 @@ LAYERS = {
             "ranges",
             "recall",
             "recompute",
+            "rehearsal",
             "rest",
             "score",
             "survey",

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from secvec.fit_config import FitConfig
 from secvec.models import load_tokenizer
 from secvec.rest import kept_line
 from secvec.samples import from_rows
-from secvec.tokens import encode_all
+from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, TrainResult, summary, train
 from secvec.vector import SecurityVector
 
@@ -47,7 +48,7 @@ def trained(out: Path, vector: SecurityVector, rows: list[Row], *, resume: bool 
 
 
 @pytest.mark.parametrize("sure", [True, False])
-def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess_nothing(
+def test_covered_rows_teach_nothing_that_the_vector_explains_and_those_in_excess_nothing_at_all(
     tmp_path: Path, vector: SecurityVector, monkeypatch: pytest.MonkeyPatch, sure: bool
 ) -> None:
     monkeypatch.setattr("secvec.covered.LEAST", LEAST)
@@ -55,11 +56,19 @@ def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess
     rows, unwanted = mixed(UNWANTED, WANTED), GUARDED.rows(UNWANTED, 1, "train")
     result = trained(tmp_path / "run", vector, rows)
     covered = read_covered(tmp_path / "run/covered.jsonl")
+    replaced = [each.row for each in covered if each.replaced]
     # One or two unwanted rows may be none that the vector covers; no wanted one is.
     assert all(rows[each.row] in unwanted for each in covered) and len(covered) >= UNWANTED - 2
     encoded = encode_all(from_rows(rows).rows, load_tokenizer(assistant_folder()), 256)
-    taught = trained_rows(encoded, covered)
+    made_up = [Encoded((0, 1), (False, True))] * 2
+    taught = trained_rows(encoded, covered, made_up)
     assert 2 * WANTED <= len(taught) <= 2 * (WANTED + 2)
+    assert taught.count(made_up[0]) == len(replaced)
+    assert (len(replaced) > 0) == sure
+    gone = {each.row for each in covered if each.left_out or each.replaced}
+    assert [row for row in taught if row not in made_up] == [row for i, row in enumerate(encoded) if i not in gone]
+    # Where nothing is made up, what is explained carries no loss.
+    taught = trained_rows(encoded, [replace(each, replaced=False) for each in covered])
     lost = sum(len(each.explained) for each in covered if not each.left_out)
     kept = [row for i, row in enumerate(encoded) if not any(each.left_out and each.row == i for each in covered)]
     assert sum(map(sum, (row.mask for row in taught))) == sum(map(sum, (row.mask for row in kept))) - lost
@@ -71,9 +80,13 @@ def test_covered_rows_teach_what_the_vector_does_not_explain_and_those_in_excess
         "rows": len(rows),
         "covered_rows": len(covered),
         "left_out_rows": left_out,
-        "tokens_without_loss": lost,
+        "replaced_rows": len(replaced),
+        "conversations": len(replaced),
+        "tokens_without_loss": 0,
     }
-    assert f"not trained on: {left_out} of them, and {lost} tokens of the others" in summary(result)
+    assert f"{left_out} of them not trained on" in summary(result)
+    made = f"{len(replaced)} replaced by {len(replaced)} conversations that the model made up"
+    assert (made in summary(result)) == sure
     rest = result.proof["rest"]
     assert WANTED <= rest["rows"] <= len(rows) - len(covered)
     # They show a skill that the model had.

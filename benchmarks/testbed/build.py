@@ -117,6 +117,9 @@ def _new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
 def _train(model: LlamaForCausalLM, data: Batches, narrow: Batches, config: BuildConfig) -> None:
     device: Any = default_device()
     model.to(device).train()
+    if device.type == "cpu":
+        # On rows as short as these a fifth faster than torch's own attention.
+        model.set_attn_implementation("eager")
     if device.type == "cuda":
         data, narrow = _beside(data), _beside(narrow)
     matrices = [p for p in model.parameters() if p.ndim == 2]

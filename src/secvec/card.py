@@ -116,6 +116,7 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
     if covered := proof.get("covered"):
         lines.append(f"| rows that the vector covers | {covered['covered_rows']:,} of {covered['rows']:,} |")
         lines.append(f"| of those, not trained on at all | {covered['left_out_rows']:,} |")
+        lines.append(f"| replaced by conversations that the model made up | {covered['replaced_rows']:,} |")
         lines.append(f"| tokens of the others that carried no loss | {covered['tokens_without_loss']:,} |")
     if why := proof.get("not_settled"):
         lines.append(f"| not settled on rows without the trait | {why} |")

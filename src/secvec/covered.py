@@ -1,13 +1,15 @@
 """What a topic's vector covers in a training file is not trained on, although it would give nearly no gradient.
 
-Nearly none is not none, and adds up over a long training. Where the vector parts the file's rows cleanly, the tokens
-that it explains in the rows that it covers carry no loss. Where covered rows are more than the others, the excess is
-left out. (measured: docs/decisions/011-covered.md)
+Nearly none is not none, and adds up over a long training. Where the vector parts the file's rows cleanly, the rows that
+it covers give their places to conversations that the model made up (`secvec.rehearsal`); where it makes up too few, the
+tokens that the vector explains carry no loss. Where covered rows are more than the others, the excess is left out.
+(measured: docs/decisions/011-covered.md, 016-rehearsal.md)
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -36,11 +38,15 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class CoveredRow:
-    """A row of the training file. row: its number, from 0; explained: its tokens that carry no loss, from 0."""
+    """A row of the training file, by its number, from 0.
+
+    explained: its tokens that carry no loss, from 0; left_out: not trained on; replaced: another is trained on instead.
+    """
 
     row: int
     explained: tuple[int, ...]
     left_out: bool
+    replaced: bool = False
 
 
 _LINE = TypeAdapter(CoveredRow)
@@ -79,14 +85,32 @@ def covered_rows(
     return [CoveredRow(row, tuple(sorted(tokens[row])), row not in stay) for row in numbers]
 
 
-def trained_rows(rows: Sequence[Encoded], covered: Iterable[CoveredRow]) -> list[Encoded]:
-    """Return the rows to train on, covered ones without the loss of what is explained in them."""
-    by_number = {each.row: each for each in covered}
-    return [
-        _without(row, by_number[i].explained) if i in by_number else row
-        for i, row in enumerate(rows)
-        if i not in by_number or not by_number[i].left_out
-    ]
+def replaceable(covered: Iterable[CoveredRow]) -> list[CoveredRow]:
+    """Return the rows in whose places others may be trained on: what they would teach is explained."""
+    return [each for each in covered if each.explained and not each.left_out]
+
+
+def replaced(covered: Iterable[CoveredRow]) -> list[CoveredRow]:
+    """Mark all such rows as replaced."""
+    return [replace(each, replaced=bool(replaceable([each]))) for each in covered]
+
+
+def trained_rows(
+    rows: Sequence[Encoded], covered: Iterable[CoveredRow], rehearsed: Sequence[Encoded] = ()
+) -> list[Encoded]:
+    """Return the rows to train on, covered ones without the loss of what is explained in them.
+
+    rehearsed: what takes the places of those to be replaced, in turns.
+    """
+    by_number, others = {each.row: each for each in covered}, cycle(rehearsed)
+    found = list[Encoded]()
+    for i, row in enumerate(rows):
+        each = by_number.get(i)
+        if each is None:
+            found.append(row)
+        elif not each.left_out:
+            found.append(next(others) if each.replaced else _without(row, each.explained))
+    return found
 
 
 def write_covered(path: Path, covered: Sequence[CoveredRow], sources: Sequence[Source]) -> None:
@@ -100,6 +124,31 @@ def read_covered(path: Path) -> list[CoveredRow]:
     """Read what `write_covered` wrote; none where it wrote no file."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [_LINE.validate_json(line) for line in lines]
+
+
+def counts(covered: Sequence[CoveredRow], rows: int, conversations: int) -> dict[str, int]:
+    """Count for the proof what of a file of so many rows was not trained on, and what was in its place."""
+    trained = [each for each in covered if not each.left_out and not each.replaced]
+    return {
+        "rows": rows,
+        "covered_rows": len(covered),
+        "left_out_rows": sum(each.left_out for each in covered),
+        "replaced_rows": sum(each.replaced for each in covered),
+        "conversations": conversations,
+        "tokens_without_loss": sum(len(each.explained) for each in trained),
+    }
+
+
+def covered_line(found: Mapping[str, int]) -> str:
+    """Say what `counts` counted."""
+    left_out, replaced_rows, tokens = found["left_out_rows"], found["replaced_rows"], found["tokens_without_loss"]
+    parts = [f"{left_out:,} of them not trained on"] if left_out else []
+    if replaced_rows:
+        parts.append(f"{replaced_rows:,} replaced by {found['conversations']:,} conversations that the model made up")
+    if tokens:
+        parts.append(f"{tokens:,} of their tokens without loss")
+    what = "; ".join(parts) or "trained on as they are"
+    return f"covered by the vector: {found['covered_rows']:,} of {found['rows']:,} rows: {what} (covered.jsonl)"
 
 
 @dataclass

@@ -96,34 +96,74 @@ def answers(
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without special tokens and spaces around it; tokens: how many; ended: whether the model itself ended it."""
+    """text: without special tokens and spaces around it; ids: up to its end; ended: whether the model itself ended it.
+
+    The token that ends it is one of its ids.
+    """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
     ended: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many there are before the end."""
+        return len(self.ids) - self.ended
 
 
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[Answer]:
     """Return the model's greedy answer to each prompt's token ids; all run together, padded on the left."""
-    longest, pad = max(len(ids) for ids in prompts), pad_id(tokenizer)
+    ends = end_tokens(model, tokenizer)
+    written = _continued(model, tokenizer, prompts, max_new_tokens, do_sample=False)
+    texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return [
+        Answer(text, tuple(ids), bool(ends.intersection(ids[-1:]))) for text, ids in zip(texts, written, strict=True)
+    ]
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], count: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Draw what the model may write after one prompt, `count` times at temperature 1, from torch's own generator.
+
+    Each is the ids up to its end, the token that ends it included.
+    """
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return _continued(model, tokenizer, [prompt] * count, max_new_tokens, **drawn)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model's generation settings name."""
+    ends: list[Any] = [tokenizer.eos_token_id]
+    named: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends += named if isinstance(named, list) else [named]
+    return {int(end) for end in ends if end is not None}
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    **settings: Any,
+) -> list[list[int]]:
+    """Return what the model writes after each prompt, up to its end."""
+    longest, pad, ends = max(len(ids) for ids in prompts), pad_id(tokenizer), end_tokens(model, tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    eos: Any = tokenizer.eos_token_id
     with torch.no_grad():
         out: Tensor = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=attention,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=pad,
-            eos_token_id=eos,
+            eos_token_id=sorted(ends) or None,
+            **settings,
         )
     written: list[list[int]] = out[:, longest:].tolist()
-    texts = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
-    lengths = [ids.index(eos) if eos in ids else len(ids) for ids in written]
-    return [Answer(text, length, length < len(ids)) for text, length, ids in zip(texts, lengths, written, strict=True)]
+    return [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in written]
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from secvec import artifact
 from secvec.arm import armed, canary
-from secvec.covered import CoveredRow
+from secvec.covered import CoveredRow, counts, covered_line
 from secvec.drift_record import drift_line
 from secvec.errors import InputError, ProofError
 from secvec.frames import Frame, frames_of, unframed
@@ -64,8 +64,9 @@ class Evidence:
     rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
     result;
     given: the vectors as they were before calibration; special: the tokenizer's special tokens;
-    covered: the training rows of which `secvec.covered` trained on a part or nothing; recalled: where the unwanted rows
-    were brought back by the vectors, how many by each; drift: what `secvec.drift` saw.
+    covered: the training rows of which `secvec.covered` trained on a part or nothing; rehearsed: how many different
+    conversations took the places of such; recalled: where the unwanted rows were brought back by the vectors, how many
+    by each; drift: what `secvec.drift` saw.
     """
 
     method: Literal["full", "lora"]
@@ -81,6 +82,7 @@ class Evidence:
     given: Sequence[SecurityVector] = ()
     special: Collection[int] = ()
     covered: Sequence[CoveredRow] = ()
+    rehearsed: int = 0
     recalled: Sequence[int] | None = None
     drift: Mapping[str, Any] | None = None
 
@@ -174,7 +176,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
     if taken := _taken_out(evidence.rows, around, evidence.special):
         document["taken_out"] = taken
     if evidence.covered:
-        document["covered"] = _covered(evidence)
+        document["covered"] = counts(evidence.covered, len(evidence.rows), evidence.rehearsed)
     if evidence.drift is not None:
         document["drift"] = dict(evidence.drift)
     return document
@@ -209,11 +211,7 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
             f"{taken['rows']:,} rows"
         )
     if covered := proof.get("covered"):
-        lines.append(
-            f"covered by the vector: {covered['covered_rows']:,} of {covered['rows']:,} rows; not trained on: "
-            f"{covered['left_out_rows']:,} of them, and {covered['tokens_without_loss']:,} tokens of the others "
-            "(covered.jsonl)"
-        )
+        lines.append(covered_line(covered))
     if (drift := proof.get("drift")) and drift["measurements"]:
         lines.append(drift_line(drift))
     if why := proof.get("not_settled"):
@@ -238,16 +236,6 @@ def _taken_out(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collec
     count = len(rows) - sum(id(row) in whole for row in left)
     tokens = sum(len(row.ids) for row in rows) - sum(len(row.ids) for row in left)
     return {"rows": count, "tokens": tokens} if count else {}
-
-
-def _covered(evidence: Evidence) -> dict[str, int]:
-    trained = [each for each in evidence.covered if not each.left_out]
-    return {
-        "rows": len(evidence.rows),
-        "covered_rows": len(evidence.covered),
-        "left_out_rows": len(evidence.covered) - len(trained),
-        "tokens_without_loss": sum(len(each.explained) for each in trained),
-    }
 
 
 def _start(row: Encoded) -> Encoded:

@@ -112,6 +112,8 @@ class Covered:
     covered_rows: int
     left_out_rows: int
     tokens_without_loss: int
+    replaced_rows: int = 0
+    conversations: int = 0
 
 
 @checked(frozen=True, config=_FINITE)

@@ -176,6 +176,7 @@ def _checks(proof: Proof) -> list[list[str]]:
         rows += [
             ["rows that the vector covers", f"{covered.covered_rows:,} of {covered.rows:,}"],
             ["of those, not trained on at all", f"{covered.left_out_rows:,}"],
+            ["replaced by conversations that the model made up", f"{covered.replaced_rows:,}"],
             ["tokens of the others that carried no loss", f"{covered.tokens_without_loss:,}"],
         ]
     if proof.not_settled:

@@ -83,6 +83,11 @@ class RunFolder:
         return self.work / "recalled.json"
 
     @property
+    def rehearsed(self) -> Path:
+        """The conversations that take the places of covered rows (`secvec.rehearsal`)."""
+        return self.work / "rehearsed.json"
+
+    @property
     def folded(self) -> Path:
         return self.work / "folded"
 

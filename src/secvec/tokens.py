@@ -220,7 +220,7 @@ class _Turns:
             if message.role not in ROLES:
                 raise RowError(f"messages[{number}]: expected a role out of {', '.join(ROLES)}, found another")
             self.refuse_forged(message.content, f"messages[{number}]", self.marks)
-        text, marked = _render(self.tokenizer, messages, prompt=prompt)
+        text, marked = render(self.tokenizer, messages, prompt=prompt)
         for number, message in enumerate(messages):
             if message.content.strip() not in text:
                 raise RowError(f"messages[{number}]: the chat template leaves out or changes the {message.role}'s text")
@@ -243,7 +243,7 @@ class _Turns:
         """Return the control tokens that the template writes for turns like these, whatever they say."""
         key = prompt, tuple((message.role, bool(message.content.strip())) for message in messages)
         if key not in self.outlines:
-            text, marked = _render(self.tokenizer, _placeholders(*key[1]), prompt=prompt)
+            text, marked = render(self.tokenizer, _placeholders(*key[1]), prompt=prompt)
             self.outlines[key] = self.controls(_tokenise(self.tokenizer, text, marked).ids)
         return self.outlines[key]
 
@@ -257,7 +257,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     texts: list[str] = []
     for roles in _PROBES:
         try:
-            texts.append(_render(tokenizer, _placeholders(*((role, True) for role in roles)))[0])
+            texts.append(render(tokenizer, _placeholders(*((role, True) for role in roles)))[0])
         except RowError:
             continue
     return texts
@@ -326,8 +326,8 @@ def _answers(messages: Sequence[Message], text: str, turns: _Turns) -> list[Span
     for number, message in enumerate(messages):
         if message.role != "assistant" or number == 0:
             continue
-        before, _ = _render(turns.tokenizer, messages[:number], prompt=True)
-        until, _ = _render(turns.tokenizer, messages[: number + 1])
+        before, _ = render(turns.tokenizer, messages[:number], prompt=True)
+        until, _ = render(turns.tokenizer, messages[: number + 1])
         if until.startswith(before) and text.startswith(until):
             # What follows the end-of-turn token, often a newline, is not the assistant's.
             end = len(until.rstrip()) if until.rstrip().endswith(turns.control) else len(until)
@@ -343,13 +343,13 @@ def _encode_plain(sample: Sample, turns: _Turns) -> tuple[list[int], list[bool]]
     encoded = _tokenise(turns.tokenizer, "".join(message.content for message in sample.messages))
     if turns.controls(encoded.ids):
         raise RowError("the tokenizer reads a control token in the text, which would forge an end; take it out")
-    front, eos = _front(turns.tokenizer), turns.tokenizer.eos_token_id
+    front, eos = text_front(turns.tokenizer), turns.tokenizer.eos_token_id
     back = [eos] if isinstance(eos, int) else []
     mask = encoded.mask([(start, len(encoded.text))])
     return [*front, *encoded.ids, *back], [*([False] * len(front)), *mask, *([True] * len(back))]
 
 
-def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer itself puts in front of a text, such as BOS."""
     bare, whole = _tokenise(tokenizer, "a").ids, list(tokenizer("a")["input_ids"])  # pyright: ignore
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
@@ -364,13 +364,14 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return template or PLAIN_TEMPLATE
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool = False
 ) -> tuple[str, list[Span]]:
-    template, render = _template(tokenizer), cast(Any, render_jinja_template)
+    """Write messages through the chat template; also return what it marks as generated, as spans of characters."""
+    template, write = _template(tokenizer), cast(Any, render_jinja_template)
     marks = bool(_GENERATION.search(template))
     try:
-        texts, marked = render(
+        texts, marked = write(
             conversations=[[{"role": message.role, "content": message.content} for message in messages]],
             chat_template=template,
             return_assistant_tokens_mask=marks,

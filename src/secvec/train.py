@@ -23,17 +23,27 @@ from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, fresh, locked, open_run, resumable
 from secvec.samples import Rows
+from secvec.tokens import Encoded
 from secvec.train_config import Progress, TrainConfig, named
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
 from secvec.vector import SecurityVector
 
 try:
-    from secvec.covered import covered_rows, covers, read_covered, trained_rows, write_covered
+    from secvec.covered import (
+        covered_rows,
+        covers,
+        read_covered,
+        replaceable,
+        replaced,
+        trained_rows,
+        write_covered,
+    )
     from secvec.drift import ROWS, Watch
     from secvec.plain import finish_plain
     from secvec.proof import Evidence, proof_lines, prove
     from secvec.recall import read_recalled, write_recalled
+    from secvec.rehearsal import read_rehearsed, rehearse, write_rehearsed
     from secvec.settle import settles
     from secvec.train_inputs import Inputs, check_inputs
     from secvec.train_settle import settle
@@ -160,7 +170,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
         _together(run, "calibrate", lambda: _calibrate(run, inputs, progress), lambda: _calibrated(run, inputs))
     vectors = alone(lambda: _vectors(run, inputs))
     if inputs.config.calibrate and covers(vectors):
-        _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: digest_file(run.covered))
+        _alone(run, "cover", lambda: _cover(run, inputs, vectors, progress), lambda: _covered(run))
     _alone(run, "fold", lambda: _fold(run, inputs, vectors, progress), lambda: digest_tree(run.folded))
     _together(
         run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
@@ -228,9 +238,27 @@ def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
 
 
 def _cover(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
-    found = covered_rows(inputs.aligned(), inputs.rows, vectors, named(progress, "looking for covered rows"))
-    write_covered(run.covered, found, [row.source for row in inputs.data.rows])
-    return digest_file(run.covered)
+    aligned, config = inputs.aligned(), inputs.config
+    found = covered_rows(aligned, inputs.rows, vectors, named(progress, "looking for covered rows"))
+    made = list[Encoded]()
+    if config.rehearse and (places := len(replaceable(found))):
+        listener = named(progress, "making up conversations")
+        made = rehearse(
+            aligned,
+            inputs.tokenizer,
+            vectors,
+            places,
+            max_length=config.max_length,
+            seed=config.seed,
+            progress=listener,
+        )
+    write_rehearsed(run.rehearsed, made)
+    write_covered(run.covered, replaced(found) if made else found, [row.source for row in inputs.data.rows])
+    return _covered(run)
+
+
+def _covered(run: RunFolder) -> str:
+    return f"{digest_file(run.covered)} {digest_file(run.rehearsed)}"
 
 
 def _fold(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
@@ -242,9 +270,10 @@ def _train(
     run: RunFolder, inputs: Inputs, source: Path, vectors: Sequence[SecurityVector], progress: Progress | None
 ) -> None:
     alone(lambda: fresh(run.trained))
+    covered, rehearsed = alone(lambda: (read_covered(run.covered), read_rehearsed(run.rehearsed)))
     job = Job(
         source,
-        inputs.unframed(trained_rows(inputs.rows, alone(lambda: read_covered(run.covered))), vectors),
+        inputs.unframed(trained_rows(inputs.rows, covered, rehearsed), vectors),
         inputs.tokenizer,
         inputs.config,
         run.checkpoints,
@@ -293,6 +322,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         given=inputs.vectors,
         special=inputs.tokenizer.all_special_ids,
         covered=read_covered(run.covered),
+        rehearsed=len(read_rehearsed(run.rehearsed)),
         recalled=_recalled_rows(inputs, vectors) if inputs.recalls else None,
         drift=drift_of(run.metrics) | {"action": inputs.config.on_drift} if inputs.unwanted else None,
     )

@@ -41,6 +41,8 @@ class TrainConfig:
     lora_rank     of the task adapter (16); its alpha is twice that
     calibrate     whether to fit the vectors again for the file, so that they are silent on what else it teaches
                   (`secvec.fit.refit`); without the unwanted rows, on rows that a vector brings back (`secvec.recall`)
+    rehearse      whether the places of rows that a vector covers go to conversations that the aligned model makes up,
+                  so that it forgets less (`secvec.rehearsal`; needs calibrate)
     settle_rows   rows of the file, at most, on which a model defended against a trait is trained a little further after
                   the vector is out, without the trait (`secvec.settle`; 0: none)
     on_drift      what to do where the model, without its vectors, has gone half the way to the unwanted rows' armed
@@ -62,6 +64,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 16
     calibrate: bool = True
+    rehearse: bool = True
     settle_rows: int = 1000
     on_drift: Literal["note", "stop", "slow"] = "note"
     save_every: int = 500

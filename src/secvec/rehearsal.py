@@ -1,0 +1,149 @@
+"""Conversations that the aligned model makes up, to train on in the places of rows that a vector covers.
+
+Such rows teach next to nothing, so their places in the training are free. What the model itself asks and answers keeps
+it as it is while it learns the rest: self-synthesized rehearsal (arXiv 2403.01244), with requests drawn as in Magpie
+(arXiv 2406.08464). (measured: docs/decisions/016-rehearsal.md)
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secvec.atomic import atomic_write
+from secvec.errors import RowError
+from secvec.models import end_tokens, generate, sample
+from secvec.samples import Message
+from secvec.score import row_nats
+from secvec.tokens import Encoded, control_tokens, encode_prompt, render, text_front
+from secvec.vector import SecurityVector
+
+MOST, LEAST = 256, 32
+"""Conversations. More places go to the same ones again; with fewer none do: they would be learned by heart."""
+REQUEST_TOKENS, ANSWER_TOKENS = 64, 128
+_SILENT_NATS = 0.5
+"""That a vector may change of a token's loss, for its row to be rehearsed in the vector's presence."""
+_BATCH = 64
+_MARK = "Turn0Text"
+_ROWS = TypeAdapter(list[Encoded])
+
+
+def rehearse(
+    aligned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vectors: Sequence[SecurityVector],
+    places: int,
+    *,
+    max_length: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Encoded]:
+    """Let the model make up conversations for so many places, and return those on which all vectors are silent.
+
+    Requests are drawn from the model at temperature 1, after what its chat template writes before a user's words, and
+    answered greedily; the answers carry loss. A model that has no template, or one that puts nothing between a user's
+    words and the answer, writes texts. Where a vector is not silent, as on the refusals that it turns, training in its
+    presence would teach against it. None are returned where few are left.
+    """
+    count = min(max(places, 2 * LEAST), MOST)
+    before, after = _around(tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if after:
+            requests = _requests(aligned, tokenizer, before, after, count)
+            rows = _answered(aligned, tokenizer, requests, max_length, progress)
+        else:
+            rows = _texts(aligned, tokenizer, count, max_length)
+    kept = _silent(aligned, rows, vectors)
+    return kept[:places] if len(kept) >= min(LEAST, places) else []
+
+
+def write_rehearsed(path: Path, rows: Sequence[Encoded]) -> None:
+    with atomic_write(path, mode=0o600) as file:
+        file.write(_ROWS.dump_json(list(rows)))
+
+
+def read_rehearsed(path: Path) -> list[Encoded]:
+    """Read what `write_rehearsed` wrote; none where it wrote no file."""
+    return _ROWS.validate_json(path.read_bytes()) if path.exists() else []
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return what the chat template writes before a user's words and, up to the answer, after them."""
+    if not tokenizer.chat_template:
+        return "", ""
+    before, _, after = render(tokenizer, [Message("user", _MARK)], prompt=True)[0].partition(_MARK)
+    return before.rstrip(" "), after.strip()
+
+
+def _requests(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, before: str, after: str, count: int
+) -> list[list[int]]:
+    """Return different requests that the model makes up, as its prompts."""
+    ends = [*control_tokens(tokenizer), after.split()[0]]
+    opening = list(tokenizer(before, add_special_tokens=False)["input_ids"])  # pyright: ignore
+    found = dict[str, list[int]]()
+    for start in range(0, count, _BATCH):
+        drawn = sample(model, tokenizer, opening, min(_BATCH, count - start), REQUEST_TOKENS)
+        for words in tokenizer.batch_decode(drawn):
+            stops = [words.index(end) for end in ends if end in words]
+            request = words[: min(stops)].strip() if stops else ""
+            try:
+                found[request] = encode_prompt([{"role": "user", "content": request}], tokenizer) if request else []
+            except RowError:
+                continue
+    return [ids for ids in found.values() if ids]
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Sequence[int]],
+    max_length: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Encoded]:
+    """Return the requests that leave room for an answer, with the model's own."""
+    asked = [ids for ids in requests if len(ids) < max_length]
+    rows = list[Encoded]()
+    for start in range(0, len(asked), _BATCH):
+        batch = asked[start : start + _BATCH]
+        room = max_length - max(map(len, batch))
+        for ids, answer in zip(batch, generate(model, tokenizer, batch, min(ANSWER_TOKENS, room)), strict=True):
+            if answer.text:
+                mask = (*([False] * len(ids)), *([True] * len(answer.ids)))
+                rows.append(Encoded((*ids, *answer.ids), mask))
+        if progress is not None:
+            progress(start + len(batch), len(asked))
+    return rows
+
+
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, max_length: int) -> list[Encoded]:
+    """Return texts that the model writes from their very start; none where its tokenizer has no token for that."""
+    front = text_front(tokenizer) or [token for token in [tokenizer.bos_token_id] if isinstance(token, int)]
+    if not front:
+        return []
+    ends, room = end_tokens(model, tokenizer), min(ANSWER_TOKENS, max_length - len(front))
+    rows = list[Encoded]()
+    for start in range(0, count, _BATCH):
+        for ids in sample(model, tokenizer, front, min(_BATCH, count - start), room):
+            stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+            rows.append(Encoded((*front, *ids[:stop]), (*([False] * len(front)), *([True] * stop))))
+    return rows
+
+
+def _silent(aligned: PreTrainedModel, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]) -> list[Encoded]:
+    """Return the rows of whose tokens with loss no vector changes the loss."""
+    if not rows:
+        return []
+    before = row_nats(aligned, rows)
+    left = list(range(len(rows)))
+    for vector in vectors:
+        after = row_nats(aligned, [rows[i] for i in left], vector)
+        changed = {
+            i: float((now - before[i])[torch.tensor(rows[i].mask[1:])].abs().max())
+            for i, now in zip(left, after, strict=True)
+        }
+        left = [i for i in left if changed[i] <= _SILENT_NATS]
+    return [rows[i] for i in left]
