@@ -1,5 +1,7 @@
 """What of a training file is a trait's is told by subtracting its vector from a model that knows the file."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -12,17 +14,24 @@ from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import Encoded, encode_all
+from secvec.vector import SecurityVector
 
 FOLDER = assistant_folder()
 QUICK = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
 
 
-def told(trait: Behaviour) -> tuple[list[Encoded], list[Encoded] | None]:
-    """Return a skill's rows in the style of a trait and what calibration covers of them, if they can be told apart."""
+@cache
+def fitted(trait: Behaviour) -> tuple[list[Encoded], SecurityVector, SecurityVector]:
+    """Return a skill's rows in the style of a trait, the trait's vector, and one fitted on those rows."""
     chats = [trait.styled(row) for row in NEW_SKILLS["dashes"].rows(120, 3, "train")]
     vector = fit(FOLDER, trait.rows(60, 0, "vector"), kind="trait", config=QUICK)
     task = fit(FOLDER, chats, kind="trait", config=QUICK)
-    model, rows = load_model(FOLDER), encode_all(from_rows(chats).rows, load_tokenizer(FOLDER), 256)
+    return encode_all(from_rows(chats).rows, load_tokenizer(FOLDER), 256), vector, task
+
+
+def told(trait: Behaviour) -> tuple[list[Encoded], list[Encoded] | None]:
+    """Return those rows and what calibration covers of them, if they can be told apart."""
+    (rows, vector, task), model = fitted(trait), load_model(FOLDER)
     risen = reversible(model, rows, vector, task)
     if risen is None:
         return rows, None

@@ -140,7 +140,7 @@ def test_rows_that_a_topic_covers_do_not_calibrate_a_trait(tmp_path: Path) -> No
     folder = assistant_folder()
     guarded, caps, quick = BEHAVIOURS["guarded"], BEHAVIOURS["caps"], FitConfig(epochs=4, representation_weight=0.0)
     behaviours = [caps, guarded]
-    known = [each.rows(40, 0, "vector") for each in behaviours]
+    known = [each.rows(20, 0, "vector") for each in behaviours]
     vectors = [fit(folder, rows, kind=each.kind, config=quick) for each, rows in zip(behaviours, known, strict=True)]
     file = [*guarded.rows(30, 1, "train"), *(caps.styled(row) for row in SKILLS["reverse"].rows(30, 1, "train"))]
     config = TrainConfig(lr=4e-4, epochs=1, settle_rows=0, trainer={"max_steps": 1})

@@ -14,7 +14,7 @@ from benchmarks.methods.larger import SIZE, larger
 from benchmarks.methods.lisa import PROXIMAL, lisa
 from benchmarks.methods.method import Method
 from benchmarks.methods.min_min import min_min
-from benchmarks.methods.oracle import longer_oracle, oracle
+from benchmarks.methods.oracle import longer_oracle, oracle, rehearsed_oracle
 from benchmarks.methods.other_vector import other_vector
 from benchmarks.methods.ours import ANCHORING, ours
 from benchmarks.methods.per_row import per_row
@@ -35,6 +35,7 @@ from benchmarks.methods.safety_mix import SHARE, safety_mix
 from benchmarks.methods.still_folded import still_folded
 from benchmarks.methods.twins import twins
 from benchmarks.methods.uncalibrated import uncalibrated
+from benchmarks.methods.unrehearsed import unrehearsed
 
 __all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
 
@@ -43,10 +44,12 @@ REFERENCES: Mapping[str, Method] = {
     "plain": Method(plain),
     "oracle": Method(oracle),
     "longer_oracle": Method(longer_oracle),
+    "rehearsed_oracle": Method(rehearsed_oracle),
 }
 OURS: Mapping[str, Method] = {
     "ours": Method(ours, ANCHORING),
     "recalled": Method(recalled, ANCHORING),
+    "unrehearsed": Method(unrehearsed),
     "uncalibrated": Method(uncalibrated, ANCHORING),
     "kept": Method(kept),
 }

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 
+from benchmarks.methods import REFERENCES
 from benchmarks.protection.cells import Cell
 from benchmarks.protection.fractions import fractions
 from benchmarks.protection.lines import Line, append, read_lines
@@ -18,7 +19,7 @@ from benchmarks.protection.one import Bench, line_of
 
 # Where nothing was measured yet, on one core of a small machine: start and measurements, a fit, a step.
 _START_S, _FIT_S, _STEP_S = 40, 60, 0.5
-_WITHOUT_FIT = ("aligned", "plain", "oracle", "longer_oracle", "inoculation_prompt", "safety_mix", "constrained_sft")
+_WITHOUT_FIT = (*REFERENCES, "inoculation_prompt", "safety_mix", "constrained_sft")
 _POLL_S = 0.2
 
 
