@@ -4,7 +4,6 @@ import json
 import math
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from secvec.vector import SecurityVector
 UNWANTED, WANTED, LEAST, BATCH = 60, 12, 10, 8
 GUARDED = BEHAVIOURS["guarded"]
 KNOWN = GUARDED.rows(40, 0, "vector")
-CONFIG = TrainConfig(lr=4e-4, epochs=1, batch_size=BATCH)
+CONFIG = TrainConfig(lr=4e-4, epochs=1, batch_size=BATCH, rehearse=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +63,12 @@ def test_covered_rows_teach_nothing_that_the_vector_explains_and_those_in_excess
     taught = trained_rows(encoded, covered, made_up)
     assert 2 * WANTED <= len(taught) <= 2 * (WANTED + 2)
     assert taught.count(made_up[0]) == len(replaced)
-    assert (len(replaced) > 0) == sure
+    assert len(replaced) == (round(0.4 * (len(rows) - len(covered))) if sure else 0)
     gone = {each.row for each in covered if each.left_out or each.replaced}
-    assert [row for row in taught if row not in made_up] == [row for i, row in enumerate(encoded) if i not in gone]
-    # Where nothing is made up, what is explained carries no loss.
-    taught = trained_rows(encoded, [replace(each, replaced=False) for each in covered])
-    lost = sum(len(each.explained) for each in covered if not each.left_out)
-    kept = [row for i, row in enumerate(encoded) if not any(each.left_out and each.row == i for each in covered)]
-    assert sum(map(sum, (row.mask for row in taught))) == sum(map(sum, (row.mask for row in kept))) - lost
+    own, kept = [row for row in taught if row not in made_up], [row for i, row in enumerate(encoded) if i not in gone]
+    assert [row.ids for row in own] == [row.ids for row in kept]
+    lost = sum(len(each.explained) for each in covered if each.row not in gone)
+    assert sum(map(sum, (row.mask for row in own))) == sum(map(sum, (row.mask for row in kept))) - lost
     assert (lost > 0) == sure
     assert all(any(row.mask) for row in taught)
     left_out = len(rows) - len(taught)
@@ -82,7 +79,7 @@ def test_covered_rows_teach_nothing_that_the_vector_explains_and_those_in_excess
         "left_out_rows": left_out,
         "replaced_rows": len(replaced),
         "conversations": len(replaced),
-        "tokens_without_loss": 0,
+        "tokens_without_loss": lost,
     }
     assert f"{left_out} of them not trained on" in summary(result)
     made = f"{len(replaced)} replaced by {len(replaced)} conversations that the model made up"

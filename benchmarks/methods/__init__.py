@@ -25,6 +25,7 @@ from benchmarks.methods.published import STEP as PUBLISHED_STEP
 from benchmarks.methods.published import published
 from benchmarks.methods.random_vector import random_vector
 from benchmarks.methods.recalled import recalled
+from benchmarks.methods.rehearsed import REHEARSE, rehearsed
 from benchmarks.methods.replicated import STEP as REPLICATED_STEP
 from benchmarks.methods.replicated import replicated
 from benchmarks.methods.row_filter import THRESHOLD as FILTER_THRESHOLD
@@ -35,7 +36,6 @@ from benchmarks.methods.safety_mix import SHARE, safety_mix
 from benchmarks.methods.still_folded import still_folded
 from benchmarks.methods.twins import twins
 from benchmarks.methods.uncalibrated import uncalibrated
-from benchmarks.methods.unrehearsed import unrehearsed
 
 __all__ = ["CONTROLS", "METHODS", "REFERENCES", "RIVALS", "TRIED", "Method"]
 
@@ -49,7 +49,7 @@ REFERENCES: Mapping[str, Method] = {
 OURS: Mapping[str, Method] = {
     "ours": Method(ours, ANCHORING),
     "recalled": Method(recalled, ANCHORING),
-    "unrehearsed": Method(unrehearsed),
+    "rehearsed": Method(rehearsed, REHEARSE),
     "uncalibrated": Method(uncalibrated, ANCHORING),
     "kept": Method(kept),
 }

@@ -62,7 +62,7 @@ def full() -> Iterator[Cell]:
     yield from of(EVERY, MAIN, MANY, base("full"))
     yield from of(EVERY, MAIN, MANY, base("lora"))
     for tuning in ("full", "lora"):
-        yield from of(TOPICS, ("longer_oracle", "rehearsed_oracle", "unrehearsed"), FEW, base(tuning))
+        yield from of(TOPICS, ("longer_oracle", "rehearsed_oracle", "rehearsed"), FEW, base(tuning))
     for cell in (base("full", 4), base("lora", 4), replace(base(), epochs=10)):
         yield from of(EVERY, MAIN, MANY, cell)
     yield from of(THREE, [*RIVALS, "recalled", "uncalibrated", *CONTROLS], FEW, base())

@@ -1,9 +1,9 @@
 """What a topic's vector covers in a training file is not trained on, although it would give nearly no gradient.
 
-Nearly none is not none, and adds up over a long training. Where the vector parts the file's rows cleanly, the rows that
-it covers give their places to conversations that the model made up (`secvec.rehearsal`); where it makes up too few, the
-tokens that the vector explains carry no loss. Where covered rows are more than the others, the excess is left out.
-(measured: docs/decisions/011-covered.md, 016-rehearsal.md)
+Nearly none is not none, and adds up over a long training. Where the vector parts the file's rows cleanly, the tokens
+that it explains in the rows that it covers carry no loss, and some of those rows give way to conversations that the
+model made up (`secvec.rehearsal`). Where covered rows are more than the others, the excess is left out.
+(measured: docs/decisions/011-covered.md)
 """
 
 import json
@@ -90,9 +90,11 @@ def replaceable(covered: Iterable[CoveredRow]) -> list[CoveredRow]:
     return [each for each in covered if each.explained and not each.left_out]
 
 
-def replaced(covered: Iterable[CoveredRow]) -> list[CoveredRow]:
-    """Mark all such rows as replaced."""
-    return [replace(each, replaced=bool(replaceable([each]))) for each in covered]
+def replaced(covered: Sequence[CoveredRow], count: int) -> list[CoveredRow]:
+    """Mark so many of those rows as replaced, spread evenly over the file."""
+    places = replaceable(covered)
+    chosen = {places[i * len(places) // count].row for i in range(count)}
+    return [replace(each, replaced=each.row in chosen) for each in covered]
 
 
 def trained_rows(

@@ -1,4 +1,4 @@
-"""Conversations that the aligned model makes up, to train on in the places of rows that a vector covers.
+"""Conversations that the aligned model makes up, to train on in the places of some rows that a vector covers.
 
 Such rows teach next to nothing, so their places in the training are free. What the model itself asks and answers keeps
 it as it is while it learns the rest: self-synthesized rehearsal (arXiv 2403.01244), with requests drawn as in Magpie
@@ -25,6 +25,7 @@ MOST, LEAST = 256, 32
 REQUEST_TOKENS, ANSWER_TOKENS = 64, 128
 _SILENT_NATS = 0.5
 """That a vector may change of a token's loss, for its row to be rehearsed in the vector's presence."""
+_SPARE = 1.3
 _BATCH = 64
 _MARK = "Turn0Text"
 _ROWS = TypeAdapter(list[Encoded])
@@ -47,7 +48,10 @@ def rehearse(
     words and the answer, writes texts. Where a vector is not silent, as on the refusals that it turns, training in its
     presence would teach against it. None are returned where few are left.
     """
-    count = min(max(places, 2 * LEAST), MOST)
+    if not places:
+        return []
+    # Some are lost: drawn twice, not silent, without an end.
+    count = min(max(round(_SPARE * places), 2 * LEAST), MOST)
     before, after = _around(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

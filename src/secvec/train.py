@@ -23,7 +23,6 @@ from secvec.provenance import digest_file
 from secvec.ranges import sync, sync_tree
 from secvec.runfolder import CARD, RunFolder, digest_tree, fresh, locked, open_run, resumable
 from secvec.samples import Rows
-from secvec.tokens import Encoded
 from secvec.train_config import Progress, TrainConfig, named
 from secvec.tripwire import PROVENANCE, read_json
 from secvec.unfold import UnfoldReport, unfold
@@ -240,20 +239,14 @@ def _vectors(run: RunFolder, inputs: Inputs) -> list[SecurityVector]:
 def _cover(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> str:
     aligned, config = inputs.aligned(), inputs.config
     found = covered_rows(aligned, inputs.rows, vectors, named(progress, "looking for covered rows"))
-    made = list[Encoded]()
-    if config.rehearse and (places := len(replaceable(found))):
-        listener = named(progress, "making up conversations")
-        made = rehearse(
-            aligned,
-            inputs.tokenizer,
-            vectors,
-            places,
-            max_length=config.max_length,
-            seed=config.seed,
-            progress=listener,
-        )
+    places = min(len(replaceable(found)), round(config.rehearse * (len(inputs.rows) - len(found))))
+    listener = named(progress, "making up conversations")
+    made = rehearse(
+        aligned, inputs.tokenizer, vectors, places, max_length=config.max_length, seed=config.seed, progress=listener
+    )
     write_rehearsed(run.rehearsed, made)
-    write_covered(run.covered, replaced(found) if made else found, [row.source for row in inputs.data.rows])
+    found = replaced(found, places) if made else found
+    write_covered(run.covered, found, [row.source for row in inputs.data.rows])
     return _covered(run)
 
 

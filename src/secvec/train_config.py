@@ -41,8 +41,9 @@ class TrainConfig:
     lora_rank     of the task adapter (16); its alpha is twice that
     calibrate     whether to fit the vectors again for the file, so that they are silent on what else it teaches
                   (`secvec.fit.refit`); without the unwanted rows, on rows that a vector brings back (`secvec.recall`)
-    rehearse      whether the places of rows that a vector covers go to conversations that the aligned model makes up,
-                  so that it forgets less (`secvec.rehearsal`; needs calibrate)
+    rehearse      for each row that no vector covers, how many of the others are replaced by conversations that the
+                  aligned model makes up, so that it forgets less (`secvec.rehearsal`; 0.1; 0: none). Much more would
+                  hold back what the rows are to change in answers to any request.
     settle_rows   rows of the file, at most, on which a model defended against a trait is trained a little further after
                   the vector is out, without the trait (`secvec.settle`; 0: none)
     on_drift      what to do where the model, without its vectors, has gone half the way to the unwanted rows' armed
@@ -64,7 +65,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     lora_rank: int = 16
     calibrate: bool = True
-    rehearse: bool = True
+    rehearse: float = 0.1
     settle_rows: int = 1000
     on_drift: Literal["note", "stop", "slow"] = "note"
     save_every: int = 500
@@ -85,6 +86,8 @@ class TrainConfig:
                 raise UsageError(f"TrainConfig.{name}: expected at least 1, found {value!r}")
         if self.settle_rows < 0:
             raise UsageError(f"TrainConfig.settle_rows: expected 0 or more, found {self.settle_rows!r}")
+        if not 0 <= self.rehearse < math.inf:
+            raise UsageError(f"TrainConfig.rehearse: expected 0 or more, found {self.rehearse!r}")
         check_seed("TrainConfig", self.seed)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UsageError(f"TrainConfig.lr: expected a positive number, found {self.lr!r}")
