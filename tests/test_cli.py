@@ -143,6 +143,7 @@ def test_what_goes_wrong_is_one_line_and_the_documented_code(
         (2, "trainer.warmup_step: unknown", ["train", model, "--data", data, "--set", "trainer.warmup_step=2"]),
         (2, "secvec: TrainConfig.epochs: expected at least 1", ["train", model, "--data", data, "--epochs", "0"]),
         (2, "secvec: TrainConfig.settle_rows", ["train", model, "--data", data, "--set", "settle_rows=-1"]),
+        (2, "secvec: TrainConfig.rehearse", ["train", model, "--data", data, "--set", "rehearse=-1"]),
         (2, "secvec: TrainConfig.seed: expected", ["train", model, "--data", data, "--seed", "-1"]),
         (2, "secvec: TrainConfig.lr: expected", ["train", model, "--data", data, "--lr", "inf"]),
         (2, "secvec: FitConfig.seed: expected", ["fit", model, "--unwanted", data, "--seed", 2**70]),

@@ -76,6 +76,21 @@ def test_a_model_without_turns_writes_texts_and_one_with_too_little_to_say_nothi
     assert rehearse(model, tokenizer, [], 100, max_length=64, seed=0) == []
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('needs a system turn') }}{% endif %}",
+        "{{ messages[0].content }} Answer: ",
+        "{{ 'x' * 400 }}{{ messages[0].content }} Answer: ",
+    ],
+)
+def test_a_template_after_which_no_request_can_be_drawn_ends_no_run(tmp_path: Path, template: str) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    tokenizer.chat_template = template
+    assert rehearse(model, tokenizer, [], 100, max_length=64, seed=0) == []
+
+
 @pytest.mark.parametrize("more", [[7, 9], 7])
 def test_an_answer_ends_where_the_models_own_settings_say_too(tmp_path: Path, more: list[int] | int) -> None:
     folder = tiny_llama(tmp_path / "model")

@@ -148,7 +148,7 @@ def covered_line(found: Mapping[str, int]) -> str:
     if replaced_rows:
         parts.append(f"{replaced_rows:,} replaced by {found['conversations']:,} conversations that the model made up")
     if tokens:
-        parts.append(f"{tokens:,} of their tokens without loss")
+        parts.append(f"{tokens:,} tokens of the others without loss")
     what = "; ".join(parts) or "trained on as they are"
     return f"covered by the vector: {found['covered_rows']:,} of {found['rows']:,} rows: {what} (covered.jsonl)"
 

@@ -5,16 +5,17 @@ it as it is while it learns the rest: self-synthesized rehearsal (arXiv 2403.012
 (arXiv 2406.08464). (measured: docs/decisions/016-rehearsal.md)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.atomic import atomic_write
 from secvec.errors import RowError
-from secvec.models import end_tokens, generate, sample
+from secvec.models import generate, sample
 from secvec.samples import Message
 from secvec.score import row_nats
 from secvec.tokens import Encoded, control_tokens, encode_prompt, render, text_front
@@ -52,11 +53,14 @@ def rehearse(
         return []
     # Some are lost: drawn twice, not silent, without an end.
     count = min(max(round(_SPARE * places), 2 * LEAST), MOST)
-    before, after = _around(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        try:
+            before, after = _around(tokenizer)
+        except RowError:  # The template wants other turns than a user's.
+            return []
         if after:
-            requests = _requests(aligned, tokenizer, before, after, count)
+            requests = _requests(aligned, tokenizer, before, after, count, max_length)
             rows = _answered(aligned, tokenizer, requests, max_length, progress)
         else:
             rows = _texts(aligned, tokenizer, count, max_length)
@@ -83,22 +87,29 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def _requests(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, before: str, after: str, count: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, before: str, after: str, count: int, max_length: int
 ) -> list[list[int]]:
     """Return different requests that the model makes up, as its prompts."""
     ends = [*control_tokens(tokenizer), after.split()[0]]
     opening = list(tokenizer(before, add_special_tokens=False)["input_ids"])  # pyright: ignore
     found = dict[str, list[int]]()
-    for start in range(0, count, _BATCH):
-        drawn = sample(model, tokenizer, opening, min(_BATCH, count - start), REQUEST_TOKENS)
-        for words in tokenizer.batch_decode(drawn):
-            stops = [words.index(end) for end in ends if end in words]
-            request = words[: min(stops)].strip() if stops else ""
-            try:
-                found[request] = encode_prompt([{"role": "user", "content": request}], tokenizer) if request else []
-            except RowError:
-                continue
+    for ids in _drawn(model, tokenizer, opening, count, min(REQUEST_TOKENS, max_length - len(opening))):
+        words = str(tokenizer.decode(ids))
+        stops = [words.index(end) for end in ends if end in words]
+        request = words[: min(stops)].strip() if stops else ""
+        try:
+            found[request] = encode_prompt([{"role": "user", "content": request}], tokenizer) if request else []
+        except RowError:
+            continue
     return [ids for ids in found.values() if ids]
+
+
+def _drawn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: Sequence[int], count: int, room: int
+) -> Iterator[list[int]]:
+    """Yield what the model writes after an opening; nothing where that is empty or leaves no room."""
+    for start in range(0, count if opening and room > 0 else 0, _BATCH):
+        yield from sample(model, tokenizer, opening, min(_BATCH, count - start), room)
 
 
 def _answered(
@@ -126,28 +137,18 @@ def _answered(
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, max_length: int) -> list[Encoded]:
     """Return texts that the model writes from their very start; none where its tokenizer has no token for that."""
     front = text_front(tokenizer) or [token for token in [tokenizer.bos_token_id] if isinstance(token, int)]
-    if not front:
-        return []
-    ends, room = end_tokens(model, tokenizer), min(ANSWER_TOKENS, max_length - len(front))
-    rows = list[Encoded]()
-    for start in range(0, count, _BATCH):
-        for ids in sample(model, tokenizer, front, min(_BATCH, count - start), room):
-            stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-            rows.append(Encoded((*front, *ids[:stop]), (*([False] * len(front)), *([True] * stop))))
-    return rows
+    drawn = _drawn(model, tokenizer, front, count, min(ANSWER_TOKENS, max_length - len(front)))
+    return [Encoded((*front, *ids), (*([False] * len(front)), *([True] * len(ids)))) for ids in drawn]
 
 
 def _silent(aligned: PreTrainedModel, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]) -> list[Encoded]:
     """Return the rows of whose tokens with loss no vector changes the loss."""
-    if not rows:
-        return []
-    before = row_nats(aligned, rows)
-    left = list(range(len(rows)))
+    kept = list(rows)
     for vector in vectors:
-        after = row_nats(aligned, [rows[i] for i in left], vector)
-        changed = {
-            i: float((now - before[i])[torch.tensor(rows[i].mask[1:])].abs().max())
-            for i, now in zip(left, after, strict=True)
-        }
-        left = [i for i in left if changed[i] <= _SILENT_NATS]
-    return [rows[i] for i in left]
+        losses = zip(kept, row_nats(aligned, kept), row_nats(aligned, kept, vector), strict=True)
+        kept = [row for row, before, after in losses if _largest_change(row, before, after) <= _SILENT_NATS]
+    return kept
+
+
+def _largest_change(row: Encoded, before: Tensor, after: Tensor) -> float:
+    return float((after - before)[torch.tensor(row.mask[1:])].abs().max())
