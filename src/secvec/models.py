@@ -136,9 +136,9 @@ def sample(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens that end an answer: the tokenizer's, and those that the model's generation settings name."""
-    ends: list[Any] = [tokenizer.eos_token_id]
-    named: Any = getattr(model.generation_config, "eos_token_id", None)
-    ends += named if isinstance(named, list) else [named]
+    settings: Any = model.generation_config
+    named = settings.eos_token_id if settings else None
+    ends: list[Any] = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return {int(end) for end in ends if end is not None}
 
 

@@ -53,7 +53,7 @@ def rehearse(
         return []
     # Some are lost: drawn twice, not silent, without an end.
     count = min(max(round(_SPARE * places), 2 * LEAST), MOST)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([aligned.device] if aligned.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
             before, after = _around(tokenizer)
