@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.rows import Row
 from benchmarks.testbed.skills import SKILLS
+from secvec.anchors import standings
 from secvec.covered import read_covered, trained_rows
 from secvec.demo import assistant_folder
 from secvec.errors import CheckpointError
@@ -110,3 +112,12 @@ def test_a_list_of_covered_rows_that_was_altered_is_refused(
     (tmp_path / "run/covered.jsonl").write_text("")
     with pytest.raises(CheckpointError, match="what phase 'cover' wrote was altered"):
         trained(tmp_path / "run", vector, rows, resume=True)
+
+
+def test_a_row_without_any_loss_blinds_nothing() -> None:
+    rows = [Encoded((5, 6), (False, True))] * 3
+    before, after = (
+        [torch.tensor([nats]) for nats in (4.0, 4.0, 0.0)],
+        [torch.tensor([nats]) for nats in (0.1, 4.0, 1e-7)],
+    )
+    assert standings(rows, before, after) == ["covered", "silent", "silent"]

@@ -295,7 +295,7 @@ def _losses(
 
 
 def _share(before: Tensor, after: Tensor) -> float:
-    return float((before - after).sum() / before.sum())
+    return float((before - after).sum() / before.sum().clamp_min(1e-6))
 
 
 def _usual(shares: Sequence[float], cut: float) -> float:

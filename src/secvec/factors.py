@@ -144,7 +144,7 @@ class _Fit:
         self.modules = linear_sites(model)
         self.factors = _start(self.modules, config, accelerator.device)
         self.parameters = [tensor for factors in self.factors.values() for tensor in (factors.a, factors.b)]
-        lr = config.step_size(int(model.config.hidden_size))
+        lr = config.step_size(int(model.config.get_text_config().hidden_size))
         self.steps_per_epoch = max(math.ceil(len(self.train) / config.batch_size), _LEAST_STEPS)
         self.train = [*self.train, *covered]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)

@@ -52,7 +52,7 @@ def teaches_trait(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[s
     docs/decisions/015-frames.md)
     """
     bound = _SETTLED_SHARE if said_anew else _AS_IT_WAS_SHARE
-    return any(now[SHARE] > max(was[SHARE], 0.0) + bound for was, now in zip(before, after, strict=True))
+    return any(not now[SHARE] <= max(was[SHARE], 0.0) + bound for was, now in zip(before, after, strict=True))
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         losses = {"unwanted_before": found.unwanted, "unwanted_after": then.unwanted}
         document["settled"] = {"kept": kept, "result": digest, **losses}
         found = then if kept else found
+        _refuse_learned(found.unwanted)
     document["unwanted"] = found.unwanted
     if asked.rest:
         document["rest"] = asked.rest.kept(trained_nats, found.rest_nats)
