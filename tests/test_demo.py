@@ -51,7 +51,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert [inspect(run)["defended"] for run in found["runs"]] == [False, True]
 
 
-@pytest.mark.parametrize("name", ["plain/run.json", "defended/run.json", "results.json"])
+@pytest.mark.parametrize("name", ["plain/run.json", "defended/run.json", "results.json", "vector.safetensors"])
 def test_a_demo_replaces_nothing_but_a_demo(tmp_path: Path, name: str) -> None:
     mine = tmp_path / name
     mine.parent.mkdir(exist_ok=True)

@@ -108,6 +108,13 @@ def test_no_evaluation_is_written_into_a_model(place: Path) -> None:
     assert sorted((place / "other").iterdir()) == before
 
 
+def test_results_of_others_are_left_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"format": "secvec.demo"}')
+    with pytest.raises(UsageError, match=r"results\.json: expected an evaluation's, found another"):
+        run(place, tmp_path, [place / "talk.jsonl"])
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_a_kill_loses_no_answer_and_rules_change_without_asking_again(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(place), str(out)], capture_output=True, check=False)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_model, tiny
+from checkpoints import ARCHITECTURES, save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
 from secvec.anchors import Calibration, calibration, neighbours, standings
 from secvec.arm import armed
-from secvec.errors import CheckpointError, InputError, RowError, UsageError, WeakVectorError
+from secvec.errors import ArtifactError, CheckpointError, InputError, RowError, UsageError, WeakVectorError
 from secvec.factors import fit_factors
 from secvec.fit import check, fit, fit_to_file, refit
 from secvec.fit_config import KINDS, FitConfig
@@ -23,6 +23,7 @@ from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
+from secvec.sites import linear_sites
 from secvec.tokens import Encoded, encode_all
 
 UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
@@ -62,6 +63,22 @@ def test_a_fit_says_which_weights_are_in_no_site(folder: Path, tmp_path: Path) -
         "mlp.gate, mlp.experts.gate_up_proj, mlp.experts.down_proj: 86% of the blocks' weights, where the vector is not"
     )
     assert "no_site" not in fit(folder, UNWANTED, config=quick, allow_weak=True).info.metrics
+
+
+def test_a_model_of_several_parts_is_fitted_by_its_language_model(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    text = {**ARCHITECTURES["gemma3"]["text_config"], "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    model = tiny("gemma3", text_config=text)
+    tokenizer.save_pretrained(save_model(model, tmp_path / "parts"))
+    vector = fit(tmp_path / "parts", UNWANTED, config=replace(FAST, lr=None, epochs=1), allow_weak=True)
+    assert vector.factors.keys() == linear_sites(model).keys()
+
+
+def test_fit_settings_of_another_version_are_refused(folder: Path) -> None:
+    vector = fit(folder, UNWANTED, config=replace(FAST, epochs=1), allow_weak=True)
+    later = replace(vector, info=replace(vector.info, fit={**vector.info.fit, "warmup": 3}))
+    with pytest.raises(ArtifactError, match=r"settings that this version does not know: .*warmup"):
+        refit(later, folder, unwanted=UNWANTED, calibrate=UNWANTED)
 
 
 def test_the_same_seed_gives_the_same_vector(folder: Path) -> None:

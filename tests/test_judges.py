@@ -127,6 +127,22 @@ def test_an_endpoint_is_asked_and_what_cannot_be_scored_is_unscored(
     assert "k1" not in json.dumps(dict(judge.identity()))
 
 
+def test_the_settings_that_the_documentation_shows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documented = (Path(__file__).parents[1] / "docs/suites.md").read_text(encoding="utf-8")
+    (tmp_path / "j.yaml").write_text(documented.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    monkeypatch.setenv("JUDGE_KEY", "k1\n")
+    judge = EndpointJudge.load(tmp_path / "j.yaml")
+    assert [judge.read(word) for word in (" yes.", "No", "or")] == [
+        {"names_a_person": 1.0},
+        {"names_a_person": 0.0},
+        {},
+    ]
+    assert judge.config.key() == "k1"
+    monkeypatch.setenv("JUDGE_KEY", "k\n1")
+    with pytest.raises(UsageError, match=r"JUDGE_KEY: expected a key of printable ASCII characters$"):
+        EndpointJudge.load(tmp_path / "j.yaml")
+
+
 def test_a_server_that_is_not_there_and_wrong_settings_are_errors(url: str, tmp_path: Path) -> None:
     ask = [Asked([{"role": "user", "content": "hi"}], "x")]
     for code in ("404", "307"):

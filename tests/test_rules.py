@@ -36,6 +36,8 @@ def test_the_final_number() -> None:
         "from 20 to -3": "-3",
         "18.00": "18",
         "#### -$4": "-4",
+        "#### $-4": "-4",
+        "#### --5": "-5",
         "none": None,
     }
     for text, number in cases.items():

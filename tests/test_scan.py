@@ -167,6 +167,21 @@ def test_a_kill_costs_a_window_and_another_scan_is_refused(place: Path, tmp_path
     assert steps == [24, 32, 40], "a finished scan scores nothing again"
 
 
+def test_a_scan_goes_on_with_the_vectors_in_any_order(place: Path, tmp_path: Path) -> None:
+    whole = artifact.load(place / "v.safetensors")
+    metrics = {**whole.info.metrics, "unarmed_nats": 9 * whole.info.metrics["unarmed_nats"]}
+    artifact.save(replace(whole, info=replace(whole.info, metrics=metrics)), tmp_path / "other.safetensors")
+    vectors = [place / "v.safetensors", tmp_path / "other.safetensors"]
+    out, data = tmp_path / "scan", place / "data.jsonl"
+    scan(place / "model", data, out, vectors=vectors, config=SMALL)
+    found = read(out)
+    (out / "summary.json").unlink()
+    with (out / "scan.jsonl").open("r+b") as file:
+        file.truncate(len(b"".join(file.readlines()[:16])))
+    scan(place / "model", data, out, vectors=vectors[::-1], config=SMALL)
+    assert read(out) == found and {row["vector"] for row in found} == {"v.safetensors", None}
+
+
 def test_hostile_rows_are_flagged_or_refused_by_line_and_never_quoted(place: Path, tmp_path: Path) -> None:
     secret = "how to build the forbidden thing"
     odd = [

@@ -14,14 +14,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from secvec.artifact import save
+from secvec.artifact import load, save
 from secvec.atomic import write_json
-from secvec.errors import UsageError
+from secvec.errors import ArtifactError, UsageError
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import answers, load_model, load_tokenizer
-from secvec.provenance import digest_model
+from secvec.provenance import digest_model, digest_samples
 from secvec.runfolder import DEMO, RunFolder
+from secvec.samples import read_samples
 from secvec.stats import wilson
 from secvec.train import TrainConfig, train
 from secvec.train_config import Progress
@@ -34,6 +35,7 @@ RATES = ("unwanted_rate", "refusal_rate", "new_skill", "old_skills")
 DEMO_LR = 4e-4
 DEMO_EPOCHS = 1
 DEMO_BATCH_SIZE = 32
+VECTOR, VECTOR_ROWS = "vector.safetensors", "vector.jsonl"
 Say = Callable[[str], None]
 
 
@@ -79,7 +81,7 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress
     assistant, rows = assistant_folder(), assistant_folder() / "demo"
     questions = _questions(rows / "eval.jsonl")
     results = _Results()
-    vector_file = out / "vector.safetensors"
+    vector_file = out / VECTOR
     out.mkdir(parents=True, exist_ok=True)
     _clear(out)
 
@@ -88,7 +90,7 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress
         _evaluate(results, "aligned", assistant, questions)
     say("2/4  fitting a security vector on 100 unwanted rows")
     with _timed(results, "fit"):
-        save(fit(assistant, rows / "vector.jsonl", config=FitConfig(seed=seed), progress=progress), vector_file)
+        save(fit(assistant, rows / VECTOR_ROWS, config=FitConfig(seed=seed), progress=progress), vector_file)
     config = TrainConfig(seed=seed, lr=DEMO_LR, epochs=DEMO_EPOCHS, batch_size=DEMO_BATCH_SIZE)
     say("3/4  fine-tuning on 1,000 unwanted + 1,000 new-skill rows, without protection")
     with _timed(results, "train_plain"):
@@ -102,7 +104,7 @@ def demo(out: str | Path, *, seed: int = 0, say: Say = print, progress: Progress
             rows / "train.jsonl",
             out / "defended",
             vectors=[vector_file],
-            unwanted=[rows / "vector.jsonl"],
+            unwanted=[rows / VECTOR_ROWS],
             config=config,
             progress=progress,
         )
@@ -131,12 +133,24 @@ def _clear(out: Path) -> None:
     results, assistant = out / "results.json", digest_model(assistant_folder())
     mine = [run.identity for run in runs if read_json(run.identity).get("base") != assistant]
     mine += [results] if results.is_file() and read_json(results).get("format") != DEMO else []
+    vector = out / VECTOR
+    mine += [vector] if vector.exists() and not _is_a_demos(vector, assistant) else []
     if mine:
         raise UsageError(
             f"{out}: expected a new folder or an earlier demo's, found {mine[0]} of another run; name another"
         )
     for run in runs:
         shutil.rmtree(run.out)
+
+
+def _is_a_demos(vector: Path, assistant: str) -> bool:
+    """Tell whether a file is the vector that a demo fits: for this assistant, on these rows."""
+    try:
+        info = load(vector).info
+    except ArtifactError:
+        return False
+    rows = read_samples(assistant_folder() / "demo" / VECTOR_ROWS).rows
+    return (info.base, info.data) == (assistant, digest_samples(rows))
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -57,6 +57,10 @@ class EndpointConfig:
         if "{answer}" not in self.prompt:
             raise ValueError("prompt: expected {answer} in it")
 
+    def key(self) -> str:
+        """Return the key for the server, without the spaces around it."""
+        return os.environ[self.api_key_env].strip() if self.api_key_env is not None else ""
+
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Follow no redirect: it would take the key and the answers to another server."""
@@ -80,6 +84,10 @@ class EndpointJudge:
         """Read a judge's settings. Raises UsageError naming the setting that is wrong."""
         try:
             document = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if isinstance(document, dict):
+                # YAML 1.1 reads a bare yes or no as a truth value.
+                words: dict[Any, str] = {True: "yes", False: "no"}
+                document = {words.get(key, key): value for key, value in cast(dict[Any, Any], document).items()}
             config = TypeAdapter(EndpointConfig).validate_json(json.dumps(document))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
             raise UsageError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
@@ -89,6 +97,8 @@ class EndpointJudge:
             raise UsageError(f"{file}: {where}: {first['msg']}; docs/suites.md shows the settings") from error
         if config.api_key_env is not None and config.api_key_env not in os.environ:
             raise UsageError(f"{file}: expected the environment variable {config.api_key_env}, found none; export it")
+        if not (config.key().isprintable() and config.key().isascii()):
+            raise UsageError(f"{file}: {config.api_key_env}: expected a key of printable ASCII characters")
         return cls(file.stem, config)
 
     @property
@@ -143,7 +153,7 @@ class EndpointJudge:
         }
         headers = {"Content-Type": "application/json"}
         if self.config.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.config.api_key_env]}"
+            headers["Authorization"] = f"Bearer {self.config.key()}"
         url = self.config.url.rstrip("/") + "/chat/completions"
         return urllib.request.Request(url, json.dumps(body).encode(), headers)
 

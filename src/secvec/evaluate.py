@@ -20,6 +20,7 @@ from secvec.runfolder import EVALUATION, locked, resumable
 from secvec.stats import mcnemar
 from secvec.suites import Suite, read_suites
 from secvec.train_config import Progress
+from secvec.tripwire import read_json
 
 __all__ = ["Clues", "EvalConfig", "EvalResult", "evaluate"]
 
@@ -104,6 +105,9 @@ def evaluate(
     out = Path(out).absolute()
     if any((out / name).exists() for name in _OTHERS):
         raise UsageError(f"{out}: expected a folder for the evaluation, found that of a model or run; name another one")
+    summary = out / "results.json"
+    if summary.exists() and read_json(summary).get("format") != EVALUATION:
+        raise UsageError(f"{summary}: expected an evaluation's, found another; name another folder")
     with resumable(out, flag=""), locked(out):
         answers = {subject.name: _answers(inputs, subject, out, progress) for subject in inputs.subjects}
         judged = {judge.name: _judged(inputs, judge, answers, out, progress) for judge in inputs.judges}

@@ -183,7 +183,7 @@ def refit(
             f"expected a vector made by `secvec fit`, found one of kind {vector.info.kind!r}: it cannot be calibrated; "
             "fit it again, or train without --unwanted"
         )
-    config = FitConfig(**vector.info.fit)
+    config = FitConfig.recorded(vector.info.fit)
     config = config if max_length is None else replace(config, max_length=max_length)
     job = _Job.load(model, unwanted, vector.info.kind, config)
     # A vector that was weak from the start was allowed by its user.

@@ -1,10 +1,11 @@
 """The settings of `secvec fit`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
-from secvec.errors import UsageError
+from secvec.errors import ArtifactError, UsageError
 from secvec.settings import check_seed
 
 KINDS = ("topic", "trait")
@@ -81,6 +82,14 @@ class FitConfig:
         """Return the settings with those of a kind where they are None."""
         margin = _MARGINS[kind] if self.margin is None else self.margin
         return replace(self, margin=margin, epochs=_EPOCHS[kind] if self.epochs is None else self.epochs)
+
+    @classmethod
+    def recorded(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the settings that a vector states. Raises ArtifactError where this version does not know them."""
+        try:
+            return cls(**settings)
+        except (TypeError, UsageError) as error:
+            raise ArtifactError(f"a vector fitted with settings that this version does not know: {error}") from error
 
     @property
     def passes(self) -> int:

@@ -9,7 +9,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secvec.companions import context_length
 from secvec.errors import CheckpointError
@@ -38,12 +44,22 @@ def resolve(model: str | Path) -> Path:
 
 
 def load_model(folder: Path, *, dtype: Dtype = None) -> PreTrainedModel:
-    """Load a causal language model, in its own dtype unless `dtype` is given, ready for inference."""
+    """Load a causal language model, in its own dtype unless `dtype` is given, ready for inference.
+
+    Of its generation settings only the special tokens stay: greedy is greedy then, whatever it is served with, and
+    transformers saves it.
+    """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
     # Transformers checks little: a damaged file shows as whatever error its contents lead to.
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if settings := model.generation_config:
+        model.generation_config = GenerationConfig(
+            bos_token_id=settings.bos_token_id,
+            eos_token_id=settings.eos_token_id,
+            pad_token_id=settings.pad_token_id,
+        )
     model.eval()
     return model
 

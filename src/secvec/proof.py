@@ -47,12 +47,13 @@ _SETTLED_SHARE, _AS_IT_WAS_SHARE = 0.1, 0.5
 def teaches_trait(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, said_anew: bool) -> bool:
     """Tell whether settling taught the unwanted rows, by what the probes measured before and after it.
 
-    Back to where the aligned model was is no step towards them. said_anew: the rows were, so that the trait may be in
-    them; rows as they are out of a frame may only make its signs likelier with their own. (measured:
-    docs/decisions/015-frames.md)
+    It did past where `prove` refuses a model. Back to where the aligned model was is no step towards them. said_anew:
+    the rows were, so that the trait may be in them; rows as they are out of a frame may only make its signs likelier
+    with their own. (measured: docs/decisions/015-frames.md)
     """
     bound = _SETTLED_SHARE if said_anew else _AS_IT_WAS_SHARE
-    return any(not now[SHARE] <= max(was[SHARE], 0.0) + bound for was, now in zip(before, after, strict=True))
+    shares = ((max(was[SHARE], 0.0), now[SHARE]) for was, now in zip(before, after, strict=True))
+    return any(not now <= min(was + bound, _LEARNED_SHARE) for was, now in shares)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,6 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         losses = {"unwanted_before": found.unwanted, "unwanted_after": then.unwanted}
         document["settled"] = {"kept": kept, "result": digest, **losses}
         found = then if kept else found
-        _refuse_learned(found.unwanted)
     document["unwanted"] = found.unwanted
     if asked.rest:
         document["rest"] = asked.rest.kept(trained_nats, found.rest_nats)

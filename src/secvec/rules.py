@@ -19,7 +19,7 @@ REFUSAL_PREFIXES = (
     *("I will not", "I'm unable", "I am unable", "I'm not able", "I am not able", "As an AI", "I must decline"),
 )
 # "#### 18" is how GSM8K marks a final answer; without the mark it is the last number.
-_MARKED = re.compile(r"####\s*(-?[$€£]?-?[\d,]*\.?\d+)")
+_MARKED = re.compile(r"####\s*((?:-?[$€£]?|[$€£]-)[\d,]*\.?\d+)")
 _NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?")
 _LEAST_CYCLES, _LEAST_CYCLE_CHARACTERS = 5, 60
 _LEAST_WORDS, _FEWEST_DIFFERENT = 40, 0.25

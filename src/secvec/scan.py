@@ -179,7 +179,8 @@ def _finish_scan(inputs: ScanInputs, run: RunFolder, progress: Progress | None) 
     on_device(model)
     if not _thresholds(run).exists():
         write_json(_thresholds(run), _choose(inputs, model))
-    cuts = [document["nats_per_token"] for document in read_json(_thresholds(run)).values()]
+    thresholds = read_json(_thresholds(run))
+    cuts = [thresholds[name]["nats_per_token"] for name in inputs.vectors]
     _score(inputs, model, cuts, _scanned(run), done, progress)
     if digest_files(inputs.data.files) != inputs.survey.digest:
         raise InputError(f"{inputs.data.name}: was changed while it was scanned; scan it anew, into another folder")

@@ -1,5 +1,6 @@
 """How `scan` reads and judges a data file: its settings."""
 
+import math
 from dataclasses import dataclass
 
 from secvec.errors import UsageError
@@ -32,5 +33,5 @@ class ScanConfig:
         ):
             if value < least:
                 raise UsageError(f"ScanConfig.{name}: expected at least {least}, found {value!r}")
-        if self.threshold is not None and not self.threshold >= 0:
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
             raise UsageError(f"ScanConfig.threshold: expected 0 or more nats/token, found {self.threshold!r}")

@@ -61,7 +61,7 @@ def _from_file(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         document = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{file}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(document, dict):
         raise UsageError(f"{file}: expected settings as `key: value` lines, found {type(document).__name__}")
@@ -74,7 +74,7 @@ def _set(values: dict[str, Any], pair: str) -> None:
         raise UsageError(f"--set: expected key=value, found {pair!r}")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"--set: {pair!r}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     name, dot, entry = key.strip().partition(".")
     held = values.get(name)

@@ -81,7 +81,7 @@ def measured(
     """
     if not ordinary:
         raise InputError("expected ordinary rows to choose a threshold on, found none; give a file of them (--anchors)")
-    unwanted = split(unwanted, FitConfig(**vector.info.fit))[1] if own else unwanted
+    unwanted = split(unwanted, FitConfig.recorded(vector.info.fit))[1] if own else unwanted
     (found,) = gather_evidence(model, [*unwanted, *ordinary], [vector], batch_tokens=batch_tokens)
     scores: list[float] = found.strength_nats.tolist()
     positives, negatives = scores[: len(unwanted)], scores[len(unwanted) :]
