@@ -1,6 +1,8 @@
 """Judging models on suites: tiny real models, kills, judges changed afterwards, and what cannot be scored."""
 
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +14,17 @@ import pytest
 import torch
 from models import rows, taught_llama, tiny_llama, tiny_vector, write_rows
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
 from secvec import cli
 from secvec.answering import named
-from secvec.comparison import Scored, compare
+from secvec.comparison import Scored, compare, table
 from secvec.demo import assistant_folder
 from secvec.errors import CheckpointError, MissingExtraError, UsageError
 from secvec.evaluate import EvalConfig, check, evaluate
 from secvec.fold import fold
 from secvec.inspect import inspect
+from secvec.ledger import Ledger
 from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_model
 
@@ -84,6 +88,9 @@ def test_two_models_are_compared_and_every_figure_is_in_a_file(place: Path, tmp_
     texts = {entry["id"]: entry["answer"] for entry in map(json.loads, answers.read_text().splitlines()[1:])}
     assert texts["q24"] == "No." and all("No." not in json.dumps(each) for each in results["suites"].values())
     assert inspect(tmp_path)["models"] == ["model", "other"]
+    (tmp_path / "results.json").write_text('{"format": "secvec.eval"}')
+    with pytest.raises(CheckpointError, match=r"results\.json: model: Field required"):
+        inspect(tmp_path)
 
 
 KILLED = """
@@ -113,6 +120,25 @@ def test_results_of_others_are_left_alone(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"results\.json: expected an evaluation's, found another"):
         run(place, tmp_path, [place / "talk.jsonl"])
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("text", ["", "notes of mine\n\nto be kept", '{"format": "mine"}\n{"half', "[1]\n"])
+def test_files_that_are_no_ledger_are_left_as_they_are(tmp_path: Path, text: str) -> None:
+    (tmp_path / "talk.jsonl").write_text(text)
+    with pytest.raises((CheckpointError, UsageError), match=r"talk\.jsonl.*name another folder"):
+        Ledger.open(tmp_path / "talk.jsonl", {"format": "secvec.answers"})
+    assert (tmp_path / "talk.jsonl").read_text() == text
+
+
+def test_a_model_that_gives_no_numbers_is_unscored(place: Path, tmp_path: Path) -> None:
+    model = load_model(place / "model")
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    load_tokenizer(place / "model").save_pretrained(tmp_path / "nan")
+    asked = question(1, "say 1!", {"rule": "choice", "choices": ["1 and 2.", "No."], "correct": [0]})
+    found = evaluate(tmp_path / "nan", [write_rows(tmp_path / "mc.jsonl", [asked])], tmp_path / "out", config=SMALL)
+    rate = found.results["suites"]["mc"]["rates"]["mc1_rate"]["models"]["nan"]
+    assert (rate["value"], rate["n"], rate["unscored"]) == (None, 0, 1)
 
 
 def test_a_kill_loses_no_answer_and_rules_change_without_asking_again(place: Path, tmp_path: Path) -> None:
@@ -216,7 +242,7 @@ def test_adapters_are_judged_and_models_with_a_vector_are_not(place: Path, tmp_p
         run(place, tmp_path / "no", [place / "talk.jsonl"], baselines=[place / "model"])
 
 
-def test_models_get_short_different_names(tmp_path: Path) -> None:
+def test_models_get_short_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plain", "defended"):
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "run.json").write_text("{}")
@@ -224,6 +250,17 @@ def test_models_get_short_different_names(tmp_path: Path) -> None:
         "defended", "plain", "base"
     ]  # fmt: skip
     assert named(["a/x", "b/x"]) == ["a-x", "b-x"]
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "plain/model")
+    assert named(["..", "../../base"]) == ["plain", "base"]
+
+
+def test_names_in_brackets_are_shown(place: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(place / "other", tmp_path / "v[1]")
+    results = run(place, tmp_path / "out", [place / "talk.jsonl"], baselines=[model])
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(results))
+    assert "v[1]" in console.export_text()
 
 
 def test_lm_eval_is_an_extra(place: Path, tmp_path: Path) -> None:

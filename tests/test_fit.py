@@ -305,6 +305,17 @@ def test_progress_of_another_fit_is_not_taken_up(folder: Path, tmp_path: Path) -
         fit(folder, UNWANTED, config=replace(FAST, epochs=2), state=state, allow_weak=True)
 
 
+def test_other_anchors_than_before_a_kill_start_anew(folder: Path, tmp_path: Path) -> None:
+    """On another machine a calibration's quick fit may choose others."""
+    config = replace(FAST, epochs=2)
+    fit(folder, UNWANTED, anchors=rows(12), config=config, state=tmp_path / "state", allow_weak=True)
+    found, whole = (
+        fit(folder, UNWANTED, anchors=rows(11), config=config, state=state, allow_weak=True)
+        for state in (tmp_path / "state", None)
+    )
+    assert artifact.digest(found) == artifact.digest(whole)
+
+
 def test_accumulation_gives_the_same_vector(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(FAST, epochs=2)
     encoded = encode_all(from_rows(UNWANTED).rows, load_tokenizer(folder), 64)

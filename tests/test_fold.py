@@ -144,6 +144,26 @@ def test_the_mark_survives_loading_and_saving(tmp_path: Path) -> None:
     assert state(tmp_path / "saved") == "trained-on-folded"
 
 
+def test_nothing_beside_the_mark_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, vector = prepared(tmp_path, llama())
+    fold(base, [vector], tmp_path / "folded")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "../folded"}')
+    monkeypatch.chdir(tmp_path.parent)
+    assert state(tmp_path / "adapter") == "adapter-on-folded"
+    (tmp_path / "folded/adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert state(tmp_path / "folded") == "folded"
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    for name, target in (("link", "there"), ("dangling", "not/yet")):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / target)
+        (tmp_path / "disk/there").mkdir(parents=True, exist_ok=True)
+        model = save_model(llama(), tmp_path / f"base-{name}")
+        fold(model, [random_vector(llama(), base=digest_model(model))], tmp_path / name)
+        assert state(tmp_path / "disk" / target) == "folded" and (tmp_path / name).is_symlink()
+
+
 def test_progress_is_in_bytes_and_ends_at_the_total(tmp_path: Path) -> None:
     base, vector = prepared(tmp_path, llama(), shards=True)
     calls: list[tuple[int, int]] = []

@@ -220,6 +220,8 @@ def test_what_was_altered_is_refused_by_name_and_nothing_is_written(
         ("scan", "summary.json"): lambda text: text.replace('"explained": 20', '"explained": 2'),
         ("scan", "summary.json "): lambda text: text.replace('"share": 0.4', '"share": 0.1'),
         ("scan", "scan.jsonl"): lambda text: text.replace('"drop"', '"drip"'),
+        ("scan", "scan.jsonl "): lambda text: text.replace('"tokens": ', '"tokens": "many", "more": '),
+        ("eval", "results.json "): lambda text: text.replace('"plain"', '".."'),
     }
     for (folder, name), change in cases.items():
         copy = tmp_path / folder / name.replace("/", "-")

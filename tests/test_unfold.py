@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import flip, gpt2, llama, logits, plus, random_ids, random_vector, save_model, tensors, weight_files
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -202,6 +202,7 @@ def test_adapters_that_depend_on_the_folded_weights_are_refused(tmp_path: Path) 
     source = folded(tmp_path, llama())
     cases = {
         "dora": ({"use_dora": True}, "DoRA"),
+        "kasa": ({"kasa_config": KasaConfig()}, "KaSA, which truncates the folded weights"),
         "saved": ({"modules_to_save": ["down_proj"]}, "whole weights of a site"),
         "pissa": ({"init_lora_weights": "pissa"}, "'pissa', which changes the folded weights"),
     }

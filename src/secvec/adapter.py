@@ -15,7 +15,8 @@ WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _LORA = re.compile(r"\.lora_")
-# These start from the base's own weights and change them; such an adapter fits no other base.
+# These change the base's own weights; such an adapter fits no other base.
+_OPTIONS = {"use_dora": "DoRA, which scales", "kasa_config": "KaSA, which truncates"}
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -27,8 +28,9 @@ def adapter_config(folder: Path, sites: Set[str]) -> dict[str, Any]:
     config = read_json(folder / _CONFIG)
     if (kind := config.get("peft_type")) != "LORA":
         raise _unfit(folder, f"peft_type {kind!r}")
-    if config.get("use_dora"):
-        raise _unfit(folder, "DoRA, which scales the folded weights")
+    for option, what in _OPTIONS.items():
+        if config.get(option):
+            raise _unfit(folder, f"{what} the folded weights")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_BASE_CHANGING):
         raise _unfit(folder, f"init_lora_weights {start!r}, which changes the folded weights")

@@ -1,5 +1,6 @@
 """Put a suite's questions to a model and keep what it says: greedy answers, and how likely it finds given choices."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ class Subject:
 
 def named(models: Sequence[str | Path]) -> list[str]:
     """Return a short name for each model, all different: the end of its path, as much of it as that takes."""
-    parts = [_telling(Path(model).absolute()) for model in models]
+    # With ".." in it a path does not say the folder's name.
+    paths = [path.resolve() if ".." in path.parts else path.absolute() for path in map(Path, models)]
+    parts = [_telling(path) for path in paths]
     names = ["" for _ in models]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["-".join(path[-length:]) for path in parts]
@@ -189,8 +192,9 @@ class _Asked:
         ]
 
 
-def _nats(row: Encoded, losses: torch.Tensor) -> float:
-    return float(losses[torch.tensor(row.mask[1:])].double().sum())
+def _nats(row: Encoded, losses: torch.Tensor) -> float | str:
+    total = float(losses[torch.tensor(row.mask[1:])].double().sum())
+    return total if math.isfinite(total) else "the model gives a choice a likelihood that is not finite"
 
 
 def _head(question: Question) -> Entry:

@@ -70,7 +70,7 @@ def demo(
     with bar("working") as progress:
         results = run(out, seed=seed, say=screen.print, progress=progress)
     show(results, as_json, lambda: Console().print(table(results)))
-    screen.print(f"all figures and examples: {out / 'results.json'}")
+    screen.print(f"all figures and examples: {out / 'results.json'}", markup=False)
 
 
 @app.command()

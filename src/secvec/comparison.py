@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from secvec.judges import Judge, judged_key
@@ -52,8 +53,7 @@ def _score(question: Question, entry: Mapping[str, Any], judged: Sequence[tuple[
     if "reason" in entry:
         return Scored(question.id, dict.fromkeys(rates), {rate: str(entry["reason"]) for rate in rates})
     if question.choice is not None:
-        found = question.choice.scores(entry["nats"])
-        return Scored(question.id, found, {rate: "not finite" for rate, each in found.items() if each is None})
+        return Scored(question.id, question.choice.scores(entry["nats"]))
     answer: str = entry["answer"]
     scores: dict[str, float | None] = {rule.rate: float(rule.score(answer)) for rule in question.rules}
     unscored: dict[str, str] = {}
@@ -108,16 +108,18 @@ def _paired(rate: str, here: Mapping[str, float | None], there: Mapping[str, flo
 def table(results: Mapping[str, Any]) -> Table:
     """Return results.json for the screen: rates with their 95 % intervals; against each baseline the paired p-value."""
     model, names = results["model"], list(results["models"])
-    shown = Table("suite", "rate", *names, caption_justify="left")
+    shown = Table("suite", "rate", *map(escape, names), caption_justify="left")
     for suite, found in results["suites"].items():
         for rate, columns in found["rates"].items():
             cells = [_cell(columns["models"][name], columns["paired"].get(name)) for name in names]
-            shown.add_row(suite, rate, *cells)
+            shown.add_row(escape(suite), escape(rate), *cells)
         shown.add_section()
     for task in sorted({task for tasks in results["capability"].values() for task in tasks}):
         for metric in results["capability"][model].get(task, {}):
-            shown.add_row(task, metric, *(f"{results['capability'][name][task][metric]:.3f}" for name in names))
-    shown.caption = f"in brackets 95 % intervals; p: exact paired test with {model}, one comparison at a time"
+            shown.add_row(
+                escape(task), escape(metric), *(f"{results['capability'][name][task][metric]:.3f}" for name in names)
+            )
+    shown.caption = f"in brackets 95 % intervals; p: exact paired test with {escape(model)}, one comparison at a time"
     return shown
 
 

@@ -134,6 +134,7 @@ class _Fit:
         mixed: bool,
     ) -> None:
         self.model, self.config, self.accelerator, self.mixed = model, config, accelerator, mixed
+        self.given = unwanted, [*covered, *anchors]
         self.train, self.held = split(unwanted, config)
         if config.kl_weight == config.representation_weight == 0:
             anchors = []
@@ -154,6 +155,8 @@ class _Fit:
 
     def run(self, state: Path | None, progress: Progress | None) -> Fitted:
         unarmed = of_main(self._held_out_nats(armed=False))
+        if not math.isfinite(unarmed):
+            raise InputError(f"the model gives the unwanted rows a loss of {unarmed} nats/token: is it damaged?")
         self._resume(state)
         while self.epoch < self.config.passes and self.waited < self.config.patience:
             self._train_epoch()
@@ -176,6 +179,11 @@ class _Fit:
         }
         if differ(digest_here((site, tensor) for site, f in done.items() for tensor in (f.a, f.b))):
             raise ArmError("the processes arrived at different factors; expected the same in all: fit in one process")
+        if silent := [site for site, factors in done.items() if not bool(factors.b.any())]:
+            raise ArmError(
+                f"{len(silent)} of {len(done)} sites had no gradient, first {silent[0]}: the model never ran them on "
+                "these rows, or uses their weights without the module; it cannot be defended"
+            )
         return Fitted(
             done, self.config.scale, unarmed, armed_nats, kl, distance, epochs=self.epoch, anchors=len(self.anchors)
         )
@@ -191,8 +199,7 @@ class _Fit:
                 (share * weighted).backward()
             sum_gradients(self.parameters, self.accelerator)
             norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0))
-            if not math.isfinite(norm):
-                raise InputError(f"the fit diverged in epoch {self.epoch + 1} (gradient norm {norm!r}); lower --lr")
+            self._refuse_diverged("gradient norm", norm)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
@@ -279,7 +286,12 @@ class _Fit:
             return (step + 1) / warm
         return 1.0 - 0.9 * (step - warm) / max(total - warm, 1)
 
+    def _refuse_diverged(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise InputError(f"the fit diverged in epoch {self.epoch + 1} ({what} {value!r}); lower --lr")
+
     def _keep_if_best(self, total: float) -> None:
+        self._refuse_diverged("held-out loss", total)
         if total < self.best_total:
             self.best_total, self.waited = total, 0
             self.best = [parameter.detach().clone() for parameter in self.parameters]
@@ -288,26 +300,31 @@ class _Fit:
 
     def _save(self, state: Path) -> None:
         document = {
-            "config": asdict(self.config),
             "parameters": [parameter.detach().cpu() for parameter in self.parameters],
             "best": [tensor.cpu() for tensor in self.best],
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "counters": [self.best_total, self.waited, self.epoch],
-            "rows": self._rows_digest(),
+            **self._about(),
         }
         with atomic_write(state, mode=0o600) as file:
             torch.save(document, file)
 
     def _resume(self, state: Path | None) -> None:
-        """Take up the progress that the main process finds, on however many processes it was made."""
+        """Take up the progress that the main process finds, on however many processes it was made.
+
+        Progress with other anchors or covered rows is left aside.
+        """
         kept = None
         if self.accelerator.is_main_process and state is not None and state.is_file():
             kept = torch.load(state, map_location="cpu", weights_only=True)
         if (kept := of_main(kept)) is None:
             return
-        if kept["config"] != asdict(self.config) or kept["rows"] != self._rows_digest():
+        about = self._about()
+        if kept["config"] != about["config"] or kept["rows"] != about["rows"]:
             raise UsageError(f"{state}: was left by a fit with other settings or rows; delete it to start anew")
+        if kept["beside"] != about["beside"]:
+            return
         with torch.no_grad():
             for parameter, value in zip(self.parameters, kept["parameters"], strict=True):
                 parameter.copy_(value)
@@ -316,9 +333,14 @@ class _Fit:
         self.schedule.load_state_dict(kept["schedule"])
         self.best_total, self.waited, self.epoch = kept["counters"]
 
-    def _rows_digest(self) -> str:
-        rows = [(row.ids, row.mask) for part in (self.train, self.held, self.anchors) for row in part]
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
+    def _about(self) -> dict[str, Any]:
+        """Return what a fit is known by.
+
+        What is beside the rows may have come from a quick fit, which on another machine comes out otherwise.
+        """
+        digests = [hashlib.sha256(repr([(row.ids, row.mask) for row in rows]).encode()) for rows in self.given]
+        rows, beside = (digest.hexdigest() for digest in digests)
+        return {"config": asdict(self.config), "rows": rows, "beside": beside}
 
 
 def split(rows: Sequence[Encoded], config: FitConfig) -> tuple[list[Encoded], list[Encoded]]:

@@ -7,6 +7,7 @@ from typing import Any
 from secvec import artifact
 from secvec.errors import InputError
 from secvec.headers import read_index
+from secvec.report_files import Results, load
 from secvec.runfolder import DEMO, EVALUATION, SCAN, RunFolder
 from secvec.sites import layer_of
 from secvec.tripwire import PROVENANCE, State, read_json, read_tripwire, state
@@ -36,13 +37,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
         return _scan(path) if read_json(identity).get("format") == SCAN else _run(path)
     found = read_json(path / "results.json") if (path / "results.json").is_file() else {}
     if found.get("format") == EVALUATION:
-        return _evaluation(path, found)
+        return _evaluation(path)
     return _demo(path, found) if found.get("format") == DEMO else _model(path)
 
 
-def _evaluation(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = load(Results, path / "results.json")
     document: dict[str, Any] = {"path": str(path), "is": "evaluation", "meaning": "a model judged beside others"}
-    return document | {"models": list(found["models"]), "suites": list(found["suites"])}
+    return document | {"models": list(found.models), "suites": list(found.suites)}
 
 
 def _demo(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:

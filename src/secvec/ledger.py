@@ -21,26 +21,28 @@ class Ledger:
     def open(cls, path: Path, about: Mapping[str, Any]) -> "Ledger":
         """Take up the file at `path`, or start it, readable by its owner alone.
 
-        What a kill left of a last line is cut off. Raises UsageError when the file is about something else.
+        What a kill left of a last line is cut off. Raises UsageError when the file is about something else, and
+        CheckpointError when it is none; either is left as it is.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             with atomic_write(path, mode=0o600) as file:
                 file.write(_line(about))
-        _cut(path)
-        ledger = cls(path)
-        there, here = ledger._lines()[0], json.loads(_line(about))
+        there, here = _head(path), json.loads(_line(about))
         if differing := [name for name in {**there, **here} if there.get(name) != here.get(name)]:
             name = differing[0]
             raise UsageError(
                 f"{path}: {name} was {there.get(name)!r} and is now {here.get(name)!r}; give what it was made with, or "
                 "name another folder"
             )
-        return ledger
+        _cut(path)
+        return cls(path)
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return the findings by key. Raises CheckpointError on a line that is none."""
-        return {entry["key"]: entry for entry in self._lines()[1:]}
+        lines = self.path.read_bytes().splitlines()[1:]
+        found = [_parse(line, f"{self.path}:{number}") for number, line in enumerate(lines, start=2)]
+        return {entry["key"]: entry for entry in found}
 
     def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write findings to the disk. Raises ValueError on NaN, OSError."""
@@ -49,19 +51,24 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def _lines(self) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
-            try:
-                document = json.loads(line)
-                if number > 1 and not isinstance(document["key"], str):
-                    raise TypeError("key")
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{self.path}:{number}: expected a finding, found something else; it was altered: delete the file"
-                ) from error
-            lines.append(document)
-        return lines
+
+def _head(path: Path) -> dict[str, Any]:
+    """Return what a file says that it is about."""
+    with path.open("rb") as file:
+        return _parse(file.readline(), f"{path}:1", key="format")
+
+
+def _parse(line: bytes, where: str, *, key: str = "key") -> dict[str, Any]:
+    try:
+        document = json.loads(line)
+        if not isinstance(document[key], str):
+            raise TypeError(key)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{where}: expected a finding, found something else; it was altered, or is not of secvec: delete the file, "
+            "or name another folder"
+        ) from error
+    return document
 
 
 def _line(document: Mapping[str, Any]) -> bytes:

@@ -198,6 +198,7 @@ def new_folder(out: Path, *, resume: bool = False) -> Generator[Path]:
     it again with all that is in it, and Ctrl-C leaves it too. Raises CheckpointError when `out` exists and is not an
     empty folder, or when it cannot be written (a full disk).
     """
+    out = out.resolve()  # a link to a folder stays one
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise CheckpointError(f"{out}: expected a new or an empty folder, found content there; name another one")
     partial = out.parent / f"{out.name}.partial-{os.getpid()}"

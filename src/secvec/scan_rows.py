@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from secvec.errors import CheckpointError
 
@@ -45,15 +46,16 @@ class ScannedRow:
         return json.dumps(document, allow_nan=False).encode("ascii") + b"\n"
 
 
+_ROW = TypeAdapter(ScannedRow)
+
+
 def read_scan(path: Path) -> Iterator[ScannedRow]:
     """Yield the rows of a scan.jsonl. Raises CheckpointError on a line that is none."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                document: dict[str, Any] = json.loads(line)
-                document["flags"] = tuple(document["flags"])
-                yield ScannedRow(**document)
-            except (ValueError, KeyError, TypeError) as error:
+                yield _ROW.validate_json(line)
+            except ValidationError as error:
                 raise CheckpointError(
                     f"{path}:{number}: expected a scanned row, found something else; it was altered: scan anew in "
                     "another folder"

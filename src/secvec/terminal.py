@@ -73,7 +73,7 @@ def bar(what: str) -> Generator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not screen.is_terminal or not is_main()
     with Progress(
-        *columns, TextColumn("{task.fields[seen]}"), console=screen, transient=True, disable=hidden
+        *columns, TextColumn("{task.fields[seen]}", markup=False), console=screen, transient=True, disable=hidden
     ) as progress:
         task = progress.add_task(what, total=None, seen="")
         yield lambda done, total, seen: progress.update(task, completed=done, total=total, seen=seen)

@@ -72,12 +72,12 @@ def refuse_folded(folder: str | Path, action: str) -> None:
 def state(folder: str | Path) -> State:
     """Say what a folder is, from its config, adapter config and records alone."""
     folder = Path(folder)
+    if read_tripwire(folder) is not None:
+        return "folded" if record_path(folder).exists() else "trained-on-folded"
     if (folder / "adapter_config.json").exists():
         return _adapter_state(folder)
     if not (folder / "config.json").exists():
         return "not-a-model"
-    if read_tripwire(folder) is not None:
-        return "folded" if record_path(folder).exists() else "trained-on-folded"
     return "defended" if (folder / PROVENANCE).exists() else "plain"
 
 
@@ -106,7 +106,9 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 def _adapter_state(folder: Path) -> State:
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(base, str) and base and read_tripwire(Path(base)) is not None:
+    # A relative path may be meant from here or from the adapter's folder.
+    bases = [Path(base), folder / base] if isinstance(base, str) and base else []
+    if any(read_tripwire(each) is not None for each in bases):
         return "adapter-on-folded"
     return "defended" if (folder / PROVENANCE).exists() else "adapter"
 
