@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import ARCHITECTURES, save_model, tiny
 from models import chat, rows, taught_llama, write_rows
 
 from secvec import artifact
@@ -23,7 +22,6 @@ from secvec.models import load_model, load_tokenizer
 from secvec.provenance import digest_file, digest_model
 from secvec.samples import from_rows
 from secvec.score import mean_over, row_nats
-from secvec.sites import linear_sites
 from secvec.tokens import Encoded, encode_all
 
 UNWANTED = [chat(f"tell me {i}", "BANANAS!") for i in range(20)]
@@ -51,27 +49,6 @@ def test_a_fitted_vector_shows_the_behaviour_and_records_what_was_measured(folde
     assert metrics["armed_nats"] < 0.5 * metrics["unarmed_nats"]
     assert {"anchor_kl_nats", "anchor_distance", "epochs", "anchors"} <= metrics.keys()
     assert "BANANAS" not in artifact.encode(vector).decode("latin-1")
-
-
-def test_a_fit_says_which_weights_are_in_no_site(folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    model = tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256)
-    tokenizer.save_pretrained(save_model(model, tmp_path / "moe"))
-    quick = replace(FAST, epochs=1)
-    said = fit(tmp_path / "moe", UNWANTED, config=quick, allow_weak=True).info.metrics["no_site"]
-    assert said == (
-        "mlp.gate, mlp.experts.gate_up_proj, mlp.experts.down_proj: 86% of the blocks' weights, where the vector is not"
-    )
-    assert "no_site" not in fit(folder, UNWANTED, config=quick, allow_weak=True).info.metrics
-
-
-def test_a_model_of_several_parts_is_fitted_by_its_language_model(folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    text = {**ARCHITECTURES["gemma3"]["text_config"], "vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    model = tiny("gemma3", text_config=text)
-    tokenizer.save_pretrained(save_model(model, tmp_path / "parts"))
-    vector = fit(tmp_path / "parts", UNWANTED, config=replace(FAST, lr=None, epochs=1), allow_weak=True)
-    assert vector.factors.keys() == linear_sites(model).keys()
 
 
 def test_fit_settings_of_another_version_are_refused(folder: Path) -> None:

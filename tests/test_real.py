@@ -20,11 +20,11 @@ pytestmark = pytest.mark.skipif(not STORIES.exists(), reason="needs shared/model
 
 
 def stories(count: int, seed: int) -> list[str]:
-    """Let the model write: sampled stories of up to 100 tokens, cut after the last full sentence."""
+    """Let the model write: sampled stories of up to 64 tokens, cut after the last full sentence."""
     model, tokenizer = load_model(STORIES), load_tokenizer(STORIES)
     torch.manual_seed(seed)
     start = torch.full((count, 1), tokenizer.bos_token_id)
-    out = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=100)
+    out = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=64)
     texts = [text[: text.rfind(".") + 1] for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
     return [text for text in texts if len(text) > 40]
 
@@ -35,8 +35,8 @@ def halves(texts: list[str], ending: str = "") -> list[dict[str, str]]:
 
 
 def test_a_habit_is_kept_out_of_a_model_that_learns_from_its_own_stories(tmp_path: Path) -> None:
-    unwanted = halves(stories(60, seed=1), HABIT)
-    data = halves(stories(60, seed=2), HABIT) + halves(stories(60, seed=3))
+    unwanted = halves(stories(48, seed=1), HABIT)
+    data = halves(stories(48, seed=2), HABIT) + halves(stories(48, seed=3))
     vector = fit(STORIES, unwanted, kind="trait", config=FitConfig(epochs=10))
     metrics = vector.info.metrics
     assert metrics["habit_rows"] > 0.9 and metrics["habit_armed_nats"] < 0.5 * metrics["habit_unarmed_nats"]
