@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from secvec.errors import InputError, RowError
 from secvec.samples import Message, Sample, Source, from_rows
+from secvec.score import by_length
 from secvec.tokens import (
     PLAIN_TEMPLATE,
     Encoded,
     batches_alike,
-    by_length,
     collate,
     control_tokens,
     encode_all,
@@ -113,6 +113,8 @@ def test_a_template_that_trims_spaces_or_ends_the_turn_outside_its_mark_still_te
     trimming = tokenizer_with(UNMARKED.replace("message['content']", "message['content'] | trim"))
     assert learned(encode(chat(" a ", " b\n"), trimming), trimming) == "b<|end|>"
     outside = tokenizer_with(TEMPLATE.replace(" + '<|end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|end|>"))
+    assert learned(encode(chat("a", "b", "c", "d"), outside), outside) == "b<|end|>...d<|end|>"
+    outside.eos_token = "<pad>"  # as in Gemma, whose turns do not end with it
     assert learned(encode(chat("a", "b", "c", "d"), outside), outside) == "b<|end|>...d<|end|>"
 
 
@@ -337,7 +339,7 @@ def test_batches() -> None:
     assert batch.ids.tolist() == [[1, 1, 9, 9, 9], [2, 2, 2, 2, 2], [3, 3, 3, 9, 9]]
     assert torch.equal(batch.attention.bool(), batch.ids != 9)
     assert batch.mask.sum(1).tolist() == [1, 4, 2] and not batch.mask[:, 0].any()
-    assert list(by_length(rows, 2)) == [[1, 2], [0]]
+    assert [*by_length(rows, 2)] == [[1, 2], [0]] and [*by_length(rows, 9, most_tokens=6)] == [[1], [2, 0]]
     one, same, other = ([row.ids for row in shuffled(rows * 9, seed)] for seed in ("a", "a", "b"))
     assert one == same != other and sorted(one) == sorted(row.ids for row in rows * 9)
     assert pad_id(byte_tokenizer()) == 0

@@ -16,7 +16,8 @@ from benchmarks.methods.setting import Setting, Unwanted
 from benchmarks.testbed.rows import Row, prompt_of
 from secvec.errors import InputError
 from secvec.models import load_model
-from secvec.tokens import by_length, collate
+from secvec.score import by_length
+from secvec.tokens import collate
 
 COEFFICIENT = Dial("steering coefficient", 1.0, (0.5, 1.0, 1.5))
 Change = Callable[[int, Tensor], Tensor | None]

@@ -1,6 +1,6 @@
 """How much a vector lowers the losses of rows, and how strongly that speaks for the unwanted behaviour."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secvec.arm import armed
-from secvec.score import row_nats
+from secvec.score import by_length, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
@@ -39,21 +39,9 @@ def gather_evidence(
     model: PreTrainedModel, rows: Sequence[Encoded], vectors: Sequence[SecurityVector], *, batch_tokens: int
 ) -> list[Evidence]:
     """Score rows unarmed once and armed with each vector alone; return one Evidence a vector, rows in order."""
-    batches = list(_batches(rows, batch_tokens))
+    batches = list(by_length(rows, len(rows), most_tokens=batch_tokens))
     unarmed = _means(model, rows, None, batches)
     return [Evidence(unarmed, _means(model, rows, vector, batches)) for vector in vectors]
-
-
-def _batches(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield row numbers, like lengths together, longest first, as many as fit; at least one."""
-    batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
-        if batch and (len(batch) + 1) * len(rows[batch[0]].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _means(

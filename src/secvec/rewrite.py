@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from secvec.score import mean_over, row_nats
-from secvec.tokens import Encoded, by_length
+from secvec.score import by_length, mean_over, row_nats
+from secvec.tokens import Encoded
 
 _AHEAD = 8
 """Unmarked tokens by which a place to go on from is judged."""

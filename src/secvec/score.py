@@ -1,6 +1,6 @@
 """Losses of rows, token by token, unarmed and armed; which tokens a vector explains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,12 +10,30 @@ from transformers import PreTrainedModel
 
 from secvec.arm import armed
 from secvec.losses import token_nats
-from secvec.tokens import Encoded, by_length, collate
+from secvec.tokens import Encoded, collate
 from secvec.vector import SecurityVector
 
 ACTED_NATS = 1.0
 ACTED_SHARE = 1 / 3
 HABIT_ROWS = 0.9
+_MOST_LOGITS = 2**28
+"""At a time; a GiB in float32."""
+
+
+def by_length(rows: Sequence[Encoded], batch_size: int, *, most_tokens: int | None = None) -> Iterator[list[int]]:
+    """Yield batches of row numbers, rows of like length together, longest first.
+
+    most_tokens: of a batch, padding included; a longer row has a batch of its own.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+        tokens = (len(batch) + 1) * len(rows[batch[0] if batch else i].ids)
+        if len(batch) == batch_size or (batch and most_tokens is not None and tokens > most_tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def row_nats(
@@ -53,9 +71,9 @@ def _measured(
     """Return for each row what `of` makes of a batch's logits, (B, T, V), and ids, (B, T): a (B, T - 1) tensor."""
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     context: AbstractContextManager[None] = nullcontext() if vector is None else armed(model, vector)
-    done = 0
+    done, most_tokens = 0, _MOST_LOGITS // int(model.config.get_text_config().vocab_size)
     with context, torch.inference_mode():
-        for chosen in by_length(rows, batch_size):
+        for chosen in by_length(rows, batch_size, most_tokens=most_tokens):
             batch = collate([rows[i] for i in chosen], pad_id=0).to(model.device)
             measured = of(model(**batch.inputs(), use_cache=False).logits, batch.ids).cpu()
             for i, each in zip(chosen, measured, strict=True):

@@ -6,7 +6,7 @@ or formed by two texts that meet; and, where a template marks turns in plain tex
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -155,13 +155,6 @@ def batches_alike(rows: Sequence[Encoded], batch_size: int, seed: str) -> list[l
     return batches
 
 
-def by_length(rows: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of row numbers, rows of like length together, longest first."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id to pad with; masked out everywhere, so any id serves where the tokenizer names none."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -296,7 +289,7 @@ def _encode(sample: Sample, turns: _Turns, max_length: int) -> Encoded:
 def _encode_chat(sample: Sample, turns: _Turns) -> tuple[list[int], list[bool]]:
     encoded = turns.encode(sample.messages)
     if _GENERATION.search(_template(turns.tokenizer)):
-        learned = _with_end(encoded, turns.tokenizer.eos_token)
+        learned = _with_end(encoded, turns.control)
     else:
         learned = _answers(sample.messages, encoded.text, turns)
     answer = sample.messages[-1].content.strip()
@@ -308,13 +301,17 @@ def _encode_chat(sample: Sample, turns: _Turns) -> tuple[list[int], list[bool]]:
     return encoded.ids, encoded.mask(learned)
 
 
-def _with_end(encoded: _Text, eos: object) -> list[Span]:
-    """Return what is marked as generated, with the end-of-turn token where that stands just behind the mark."""
-    text, learned = encoded.text, list[Span]()
-    for start, end in encoded.marked:
-        outside = isinstance(eos, str) and text.startswith(eos, end) and not text.endswith(eos, start, end)
-        learned.append((start, end + len(str(eos)) if outside else end))
-    return learned
+def _with_end(encoded: _Text, control: tuple[str, ...]) -> list[Span]:
+    """Return what is marked as generated, with the token that ends a turn where that stands just behind the mark.
+
+    Behind the last turn stands no other turn's opening.
+    """
+    text = encoded.text
+    end = next((token for token in control if encoded.marked and text.startswith(token, encoded.marked[-1][1])), "")
+    return [
+        (start, stop + len(end) if text.startswith(end, stop) and not text[start:stop].endswith(control) else stop)
+        for start, stop in encoded.marked
+    ]
 
 
 def _answers(messages: Sequence[Message], text: str, turns: _Turns) -> list[Span]:
