@@ -1,16 +1,17 @@
-"""No row and no answer is longer than a model's context."""
+"""No row and no answer is longer than a model's context, and what of rows is not learned is said."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from models import chat
+from models import TEMPLATE, chat
 from runs import CONFIG, gpt2
 
 from secvec.companions import context_length
 from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import answers, load_model, load_tokenizer
-from secvec.train import summary, train
+from secvec.train import check, summary, train
 
 
 def test_rows_longer_than_the_model_takes_are_cut_to_that(tmp_path: Path) -> None:
@@ -22,6 +23,18 @@ def test_rows_longer_than_the_model_takes_are_cut_to_that(tmp_path: Path) -> Non
     config = replace(CONFIG, calibrate=False, epochs=1)
     result = train(base, long, tmp_path / "run", vectors=[vector], config=config)
     assert "24 rows were cut at 96 tokens" in summary(result)
+
+
+def test_answers_that_the_template_does_not_write_again_are_counted(tmp_path: Path) -> None:
+    base = gpt2(tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    words = "{{ ('(hm)' if loop.last else '') + message['content'] + '<|end|>' }}"
+    unmarked = re.sub(r"{% (end)?generation %}", "", TEMPLATE)
+    tokenizer.chat_template = unmarked.replace("{{ message['content'] + '<|end|>' }}", words, 1)
+    tokenizer.save_pretrained(base)
+    turns = [{"role": role, "content": "say 1"} for role in ("user", "assistant")]
+    notes = check(base, [chat("say 1", "1"), {"messages": turns * 2}, {"messages": turns * 3}])["notes"]
+    assert [note for note in notes if note.startswith("2 rows are learned in part: ")]
 
 
 def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from secvec.models import load_model, load_tokenizer, on_device, resolve
 from secvec.probes import Probe, probes_of
 from secvec.provenance import digest_model, digest_samples, versions
 from secvec.recall import Recalled, recall
-from secvec.samples import Rows, Samples, read_rows
+from secvec.samples import Rows, Sample, Samples, read_rows
 from secvec.settle import settles
 from secvec.tokens import Encoded, encode_all
 from secvec.train_config import TrainConfig
@@ -107,6 +108,11 @@ class Inputs:
         if cut:
             more = "--max-length raises that, as far as the model takes them"
             notes.append(f"{cut:,} rows were cut at {self.config.max_length:,} tokens; {more}")
+        if partly := sum(map(_is_learned_in_part, self.data.rows, self.rows)):
+            notes.append(
+                f"{partly:,} rows are learned in part: the chat template writes their earlier answers otherwise than "
+                "as the last one; a row for each answer teaches all"
+            )
         if not self.vectors:
             notes.append(PLAIN)
         elif not self.config.calibrate:
@@ -118,6 +124,14 @@ class Inputs:
             notes.append(f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows without it")
         found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}
         return (*notes, *(f"no site: {each}" for each in sorted(found)))
+
+
+def _is_learned_in_part(sample: Sample, row: Encoded) -> bool:
+    """Tell whether some answers of a chat that was not cut carry no loss."""
+    if sample.form != "chat" or row.dropped_tokens:
+        return False
+    answers = sum(message.role == "assistant" for message in sample.messages[1:])
+    return sum(learned and not before for before, learned in pairwise((False, *row.mask))) < answers
 
 
 def check_inputs(
