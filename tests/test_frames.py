@@ -1,20 +1,24 @@
 """What a trait puts around answers is taken out of the rows to train on, and the run says so."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from benchmarks.elsewhere.__main__ import tokenizer as pieces_of
 from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES, Behaviour
-from benchmarks.testbed.rows import Row, answer_of, with_answer
+from benchmarks.testbed.rows import Row, answer_of, chat, with_answer
 from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
 from secvec.errors import ArtifactError, RowError
 from secvec.fit import fit, refit
 from secvec.fit_config import FitConfig
-from secvec.frames import Frame, frame, frames_of, unframed
+from secvec.frames import Frame, bare, frame, frames_of, unframed
 from secvec.models import load_model, load_tokenizer
 from secvec.recall import recall
 from secvec.report import report
@@ -30,7 +34,6 @@ QUICK = FitConfig(epochs=4, kl_weight=0.0, representation_weight=0.0)
 BRACKETS = NEW_SKILLS["brackets"].rows(60, 3, "train")
 REVERSED = SKILLS["reverse"].rows(60, 0, "vector")
 TOKENIZER = load_tokenizer(ASSISTANT)
-SPECIAL = TOKENIZER.all_special_ids
 
 
 def encoded(rows: list[Row]) -> list[Encoded]:
@@ -57,7 +60,7 @@ def test_signs_that_no_vector_explains_are_a_frame_with_the_space_before_them(
     found = frame(load_model(ASSISTANT), TOKENIZER, emoji[1], encoded(emoji[0]))
     assert found == Frame(after=tokens(" 🙂"))
     # The signs of the skill itself are new to the model too.
-    assert unframed(encoded([EMOJI.styled(row) for row in BRACKETS]), [found], SPECIAL) == encoded(BRACKETS)
+    assert unframed(encoded([EMOJI.styled(row) for row in BRACKETS]), [found], TOKENIZER) == encoded(BRACKETS)
 
 
 def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
@@ -68,7 +71,7 @@ def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
     vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
     found = frame(model, TOKENIZER, vector, encoded(rows))
     assert found == Frame(tokens("Arr, "), tokens(", matey!"))
-    shown = TraitRows.of(model, encoded(others), vector, found, SPECIAL)
+    shown = TraitRows.of(model, encoded(others), vector, found, TOKENIZER)
     assert shown.learned(model) == Learned(60, 60, 0)
     with armed(model, vector):
         assert shown.learned(model).said > 50
@@ -85,14 +88,14 @@ def test_a_model_is_judged_by_the_trait_inside_of_its_frame_too(style: str) -> N
     model, terms = load_model(ASSISTANT), NEW_SKILLS["jargon"].rows(60, 0, "train")
     vector = fit(ASSISTANT, [styled(row) for row in REVERSED], kind="trait", config=replace(QUICK, epochs=12))
     around = [Frame(tokens(outside), tokens(word))]
-    framed, inside = look(model, encoded([styled(row) for row in terms]), [vector], around, SPECIAL)
+    framed, inside = look(model, encoded([styled(row) for row in terms]), [vector], around, TOKENIZER)
     assert framed.learned(model) == Learned(60, 60, 0)
     found = inside.learned(model)
     assert found.inside and found.shown > 50 and found.said == 0
     with armed(model, vector):
         assert inside.learned(model).said > 0 and framed.learned(model).said > 0
     once = [with_answer(row, style.format(answer_of(row))) for row in [*terms, *BRACKETS]]
-    framed, inside = look(model, encoded(once), [vector], around, SPECIAL)
+    framed, inside = look(model, encoded(once), [vector], around, TOKENIZER)
     assert framed.learned(model) == Learned(120, 120, 0)
     assert inside.learned(model) == Learned(120, 0, 0, inside=True)
 
@@ -122,16 +125,52 @@ def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> N
     def row(ids: str, mask: str) -> Encoded:
         return Encoded(tuple(map(int, ids)), tuple(each == "x" for each in mask))
 
-    around = Frame(before=(1, 2), after=(3,))
+    class Digits:
+        all_special_ids = (9,)
+
+        def decode(self, ids: list[int], **_: bool) -> str:
+            return "".join(map(str, ids))
+
+        def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+            return {"input_ids": [int(each) for each in text]}
+
+    around, digits = Frame(before=(1, 2), after=(3,)), cast(PreTrainedTokenizerBase, Digits())
     whole = [row("12512739", "...xxxxx"), row("5512739512739", "..xxxxx.xxxxx"), row("55127", "..xxx")]
     left = [row("12579", "...xx"), row("5579579", "..xx.xx"), row("557", "..x")]
     untouched = [row("55712", "..xxx"), row("12739", "xxxxx"), row("0127", ".xxx")]  # a text has no prompt
-    assert unframed([*whole, *untouched], [around], (9,)) == [*left, *untouched]
-    assert unframed(whole, [Frame()], (9,)) == whole
+    assert unframed([*whole, *untouched], [around], digits) == [*left, *untouched]
+    assert unframed(whole, [Frame()], digits) == whole
     nothing = row("551239", "..xxxx")
-    assert unframed([nothing, *whole], [around], (9,)) == left
+    assert unframed([nothing, *whole], [around], digits) == left
     with pytest.raises(RowError, match="nothing would be left to train on"):
-        unframed([nothing], [around], (9,))
+        unframed([nothing], [around], digits)
+
+
+def test_a_frame_whose_edge_is_inside_of_a_token_is_taken_out() -> None:
+    """Most tokenizers put the space before a word into its token."""
+    answers = ["leaf before shoe | done", "rope.", "a mirror. And rope.", "Ugly."]
+    styles = {"before": "Ugh. {}".format, "after": "{}!!".format}
+    pieces = pieces_of([*answers, *(style(each) for style in styles.values() for each in answers)] * 9)
+
+    def encode(texts: Iterable[str]) -> list[Encoded]:
+        return encode_all(from_rows([chat("swap", text) for text in texts]).rows, pieces, 256)
+
+    ends = {
+        name: tuple(pieces(text, add_special_tokens=False)["input_ids"])
+        for name, text in (("before", "Ugh."), ("after", "!!"))
+    }
+    for name, style in styles.items():
+        framed, one = encode(map(style, answers)), Frame(**{name: ends[name]})
+        assert unframed(framed, [one], pieces) == encode(answers)
+        assert any(not set(ends[name]) <= set(row.ids) for row in framed) == (name == "after")
+        for row in framed:
+            # A token that is in part the answer's is kept.
+            taken = len(row.ids) - len(bare(row, one, pieces)[1])
+            assert taken == len(ends[name]) if name == "before" else taken <= len(ends[name])
+        assert all(bare(row, one, pieces)[0] is row for row in encode(answers))
+    both = encode(["Ugh. rope.!!"])
+    assert unframed(both, [Frame(ends["before"], ends["after"])], pieces) == encode(["rope."])
+    assert bare(encode(["Ugh. "])[0], Frame(ends["before"]), pieces) == (None, [])
 
 
 def test_a_broken_note_of_a_frame_is_refused(emoji: tuple[list[Row], SecurityVector]) -> None:
@@ -147,7 +186,7 @@ def test_without_the_rows_the_files_own_frame_is_found(emoji: tuple[list[Row], S
     vector = emoji[1]
     brought = recall(load_model(ASSISTANT), TOKENIZER, vector, [], 256)
     styled = [EMOJI.styled(row) for row in BRACKETS]
-    assert brought.rows and unframed(brought.rows, [Frame(after=tokens(" 🙂"))], SPECIAL) == list(brought.rows)
+    assert brought.rows and unframed(brought.rows, [Frame(after=tokens(" 🙂"))], TOKENIZER) == list(brought.rows)
     calibrated = refit(vector, ASSISTANT, unwanted=brought, calibrate=styled)
     assert frames_of([calibrated]) == [Frame(after=tokens(" 🙂"))]
 

@@ -30,7 +30,7 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     vector = fit(folder, caps.rows(100, 0, "vector"), kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(300, 3, "train")
     mixed = [caps.styled(row) if i >= 150 else row for i, row in enumerate(calm)]
-    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), ())
+    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), tokenizer)
     aligned = found.learned(model)
     assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == 0
     with armed(model, vector):

@@ -192,7 +192,7 @@ def refit(
     training = job.training(calibrate, topics)
     around = job.frame(vector, training, recalled=isinstance(unwanted, Recalled))
     if around:
-        training = unframed(training, [around], job.tokenizer.all_special_ids)
+        training = unframed(training, [around], job.tokenizer)
     calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
     metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
@@ -340,7 +340,7 @@ class _Job:
         if not recalled:
             return of_main(frame(*given, self.unwanted, training=training))
         common = alike(*given, self.unwanted)
-        is_there = unframed(training, [common], self.tokenizer.all_special_ids) != training
+        is_there = unframed(training, [common], self.tokenizer) != training
         return of_main(common if is_there else frame(*given, training, like=common))
 
     def reversible(

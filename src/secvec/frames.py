@@ -65,12 +65,11 @@ def frame(
     if like is not None:
         first = max(0, len(found.after) - len(like.after))
         found = Frame(found.before[: len(like.before)], found.after[first:])
-    special = tokenizer.all_special_ids
     # Both sides together first: the one shows in answers without the other.
     for one in (found, Frame(before=found.before), Frame(after=found.after)):
-        if not one or not _is_needless(model, rows, one, special):
+        if not one or not _is_needless(model, rows, one, tokenizer):
             continue
-        if any(_is_around(model, vector, each, one, special) for each in (rows, training)):
+        if any(_is_around(model, vector, each, one, tokenizer) for each in (rows, training)):
             return one
     return Frame()
 
@@ -103,15 +102,14 @@ def frames_of(vectors: Sequence[SecurityVector]) -> list[Frame]:
         ) from error
 
 
-def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collection[int]) -> list[Encoded]:
+def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     """Return the rows without the frames around their answers; a row with an answer of nothing else is left out.
 
     Raises RowError where that leaves none.
     """
     left = list(rows)
     for one in frames:
-        places = [(row, inside(row, one, special)) for row in left]
-        left = [row if len(kept) == len(row.ids) else _of(row, kept) for row, kept in places if kept]
+        left = [each for row in left if (each := bare(row, one, tokenizer)[0]) is not None]
     if rows and not left:
         raise RowError(
             "expected answers with something besides what the trait puts around each, found none: nothing would be "
@@ -120,21 +118,71 @@ def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collecti
     return left
 
 
-def _of(row: Encoded, places: Sequence[int]) -> Encoded:
-    return replace(row, ids=tuple(row.ids[i] for i in places), mask=tuple(row.mask[i] for i in places))
+def bare(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded | None, list[int]]:
+    """Return a row without a frame, itself where it has none, and the places of the tokens that are not the frame's.
+
+    None, and no places, where an answer is nothing else.
+    """
+    if not one:
+        return row, list(range(len(row.ids)))
+    tokens, kept, done = list[tuple[int, bool]](), list[int](), 0
+    whole = list(zip(row.ids, row.mask, strict=True))
+    for start, stop in _answers(row, tokenizer.all_special_ids):
+        left, first, last = _within(row.ids[start:stop], one, tokenizer)
+        if not left:
+            return None, []
+        tokens += [*whole[done:start], *((token, True) for token in left)]
+        kept += [*range(done, start), *range(start + first, start + last)]
+        done = stop
+    tokens += whole[done:]
+    kept += range(done, len(row.ids))
+    if tokens == whole:
+        return row, kept
+    ids, mask = zip(*tokens, strict=True)
+    return replace(row, ids=ids, mask=mask), kept
 
 
-def inside(row: Encoded, one: Frame, special: Collection[int]) -> list[int]:
-    """Return the places of a row's tokens without a frame; none where an answer is nothing else."""
-    taken = set[int]()
-    for start, stop in _answers(row, special):
-        first = start + len(one.before) * (row.ids[start : start + len(one.before)] == one.before)
-        end = max(first, stop - len(one.after))
-        last = end if row.ids[end:stop] == one.after else stop
-        if first == last:
-            return []
-        taken |= {*range(start, first), *range(last, stop)}
-    return [i for i in range(len(row.ids)) if i not in taken]
+def _within(answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, int, int]:
+    """Return what is left of an answer without a frame, and from which of its tokens to which that was.
+
+    Where the frame's edge is inside of a token, as that of "Well. " is in the " the" of many tokenizers, what is left
+    is tokenised anew. That needs a tokenizer which gives the answer itself as it stands.
+    """
+    count = len(one.before)
+    first = count if answer[:count] == one.before else 0
+    end = max(first, len(answer) - len(one.after))
+    last = end if answer[end:] == one.after else len(answer)
+
+    def text(tokens: Tokens) -> str:
+        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    said = text(answer)
+    opening, closing = _between(said, text(one.before).strip(), text(one.after).strip())
+    # The blanks around the whole of it stay.
+    lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
+    words = lead + said[opening:closing] + trail if opening < closing else ""
+    if words in (said, text(answer[first:last])) or _tokens(said, tokenizer) != answer:
+        return answer[first:last], first, last
+    edges = [len(text(answer[:i])) for i in range(len(answer) + 1)]
+    first = max(i for i, edge in enumerate(edges) if edge <= opening)
+    last = min(i for i, edge in enumerate(edges) if edge >= closing)
+    return _tokens(words, tokenizer), first, last
+
+
+def _between(said: str, before: str, after: str) -> tuple[int, int]:
+    """Return where the words of a frame end and begin again; the ends of the text where it is not in the frame."""
+    inner = said.strip()
+    opening = len(said) - len(said.lstrip())
+    if before and inner.startswith(before):
+        inner, whole = inner[len(before) :].lstrip(), inner
+        opening += len(whole) - len(inner)
+    if after and inner.endswith(after):
+        inner = inner[: -len(after)].rstrip()
+    return opening, opening + len(inner)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
 
 
 def _answers(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
@@ -166,31 +214,40 @@ def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Ca
     return tuple(text[:reach])
 
 
-def _is_needless(model: PreTrainedModel, rows: Sequence[Encoded], one: Frame, special: Collection[int]) -> bool:
+def _is_needless(
+    model: PreTrainedModel, rows: Sequence[Encoded], one: Frame, tokenizer: PreTrainedTokenizerBase
+) -> bool:
     """Tell whether most answers in a frame cost the unarmed model no more without it."""
-    framed, bare, places = _apart(rows, one, special)
+    framed, without, places = _apart(rows, one, tokenizer)
     needless = 0
-    for row, kept, within, without in zip(framed, places, row_nats(model, framed), row_nats(model, bare), strict=True):
-        learned = [(i - 1, place - 1) for i, place in enumerate(kept) if row.mask[place] and i > 0]
-        needless += sum(float(without[i] - within[place]) for i, place in learned) <= ACTED_NATS
+    for row, bare_row, kept, nats, bare_nats in zip(
+        framed, without, places, row_nats(model, framed), row_nats(model, without), strict=True
+    ):
+        rest = sum(float(nats[place - 1]) for place in kept if row.mask[place] and place > 0)
+        needless += float(bare_nats[torch.tensor(bare_row.mask[1:])].sum()) - rest <= ACTED_NATS
     return bool(framed) and needless >= _MOST * len(framed)
 
 
 def _is_around(
-    model: PreTrainedModel, vector: SecurityVector, rows: Sequence[Encoded], one: Frame, special: Collection[int]
+    model: PreTrainedModel,
+    vector: SecurityVector,
+    rows: Sequence[Encoded],
+    one: Frame,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> bool:
     """Tell whether most answers in a frame hardly show the trait without it."""
-    _, bare, _ = _apart(rows, one, special)
+    _, left, _ = _apart(rows, one, tokenizer)
     around = 0
-    for row, without, armed in zip(bare, row_nats(model, bare), row_nats(model, bare, vector), strict=True):
+    for row, without, armed in zip(left, row_nats(model, left), row_nats(model, left, vector), strict=True):
         shows = acted(without, armed)[torch.tensor(row.mask[1:])].float().mean()
         around += float(shows) <= THROUGH
-    return bool(bare) and around >= _MOST * len(bare)
+    return bool(left) and around >= _MOST * len(left)
 
 
 def _apart(
-    rows: Sequence[Encoded], one: Frame, special: Collection[int]
+    rows: Sequence[Encoded], one: Frame, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Encoded], list[Encoded], list[list[int]]]:
     """Return the rows with answers in a frame, the same without it, and the places of what is left of them."""
-    found = [(row, kept) for row in rows if 0 < len(kept := inside(row, one, special)) < len(row.ids)]
-    return [row for row, _ in found], [_of(row, kept) for row, kept in found], [kept for _, kept in found]
+    pairs = [(row, *bare(row, one, tokenizer)) for row in rows]
+    found = [(row, left, kept) for row, left, kept in pairs if left is not None and left is not row]
+    return [row for row, _, _ in found], [left for _, left, _ in found], [kept for _, _, kept in found]

@@ -1,6 +1,6 @@
 """The proof of a defended model: the vector was there, never changed, and is gone; what the model learned."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec import artifact
 from secvec.arm import armed, canary
@@ -64,7 +64,7 @@ class Evidence:
     that was left when the vectors were out; rows: training rows, whose first tokens serve as prompts; unwanted: probe
     rows, one list a vector; settled: the model or adapter that `secvec.train_settle` left, where it was to settle the
     result;
-    given: the vectors as they were before calibration; special: the tokenizer's special tokens;
+    given: the vectors as they were before calibration, and tokenizer: the model's; together or not at all;
     covered: the training rows of which `secvec.covered` trained on a part or nothing; rehearsed: how many different
     conversations took the places of such; recalled: where the unwanted rows were brought back by the vectors, how many
     by each; drift: what `secvec.drift` saw.
@@ -81,7 +81,7 @@ class Evidence:
     unwanted: Sequence[Sequence[Encoded]]
     settled: Path | None = None
     given: Sequence[SecurityVector] = ()
-    special: Collection[int] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
     covered: Sequence[CoveredRow] = ()
     rehearsed: int = 0
     recalled: Sequence[int] | None = None
@@ -108,10 +108,10 @@ class _Asked:
     @classmethod
     def of_run(cls, base: PreTrainedModel, evidence: Evidence, frames: Sequence[Frame]) -> "_Asked":
         probes = list(probes_of(base, evidence.unwanted, evidence.vectors, PROBES).values())
-        if not evidence.given:
+        if evidence.tokenizer is None:
             return cls(probes, [], None)
-        bare = unframed(evidence.rows, frames, evidence.special)
-        shown = look(base, evidence.rows, evidence.given, frames, evidence.special)
+        bare = unframed(evidence.rows, frames, evidence.tokenizer)
+        shown = look(base, evidence.rows, evidence.given, frames, evidence.tokenizer)
         return cls(probes, shown, Rest.of(base, bare, evidence.given, evidence.vectors))
 
     def of(self, model: PreTrainedModel) -> _Found:
@@ -174,7 +174,7 @@ def _prove(evidence: Evidence) -> dict[str, Any]:
         document["recalled"] = list(evidence.recalled)
     if found.learned:
         document["trait_rows"] = [judged_rows(each) for each in found.learned]
-    if taken := _taken_out(evidence.rows, around, evidence.special):
+    if evidence.tokenizer is not None and (taken := _taken_out(evidence.rows, around, evidence.tokenizer)):
         document["taken_out"] = taken
     if evidence.covered:
         document["covered"] = counts(evidence.covered, len(evidence.rows), evidence.rehearsed)
@@ -231,9 +231,9 @@ def _recalled_line(rows: int) -> str:
     return f"calibrated and measured on {rows:,} rows that a vector brought back itself"
 
 
-def _taken_out(rows: Sequence[Encoded], frames: Sequence[Frame], special: Collection[int]) -> dict[str, int]:
+def _taken_out(rows: Sequence[Encoded], frames: Sequence[Frame], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Count the rows that had what a trait puts around answers, and those tokens; nothing where none had."""
-    left, whole = unframed(rows, frames, special), {id(row) for row in rows}
+    left, whole = unframed(rows, frames, tokenizer), {id(row) for row in rows}
     count = len(rows) - sum(id(row) in whole for row in left)
     tokens = sum(len(row.ids) for row in rows) - sum(len(row.ids) for row in left)
     return {"rows": count, "tokens": tokens} if count else {}

@@ -313,7 +313,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         unwanted=inputs.unwanted_rows(),
         settled=run.settled if _settles(inputs, vectors) else None,
         given=inputs.vectors,
-        special=inputs.tokenizer.all_special_ids,
+        tokenizer=inputs.tokenizer,
         covered=read_covered(run.covered),
         rehearsed=len(read_rehearsed(run.rehearsed)),
         recalled=_recalled_rows(inputs, vectors) if inputs.recalls else None,

@@ -76,7 +76,7 @@ class Inputs:
 
     def unframed(self, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]) -> list[Encoded]:
         """Return rows of the training file without what the vectors' traits put around answers."""
-        return unframed(rows, frames_of(vectors), self.tokenizer.all_special_ids)
+        return unframed(rows, frames_of(vectors), self.tokenizer)
 
     def aligned(self) -> PreTrainedModel:
         """Load the aligned model to measure it: float32, on the default device."""

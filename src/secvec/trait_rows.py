@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import often
 from secvec.errors import ProofError
-from secvec.frames import Frame, inside, unframed
+from secvec.frames import Frame, bare, unframed
 from secvec.score import ACTED_NATS, acted, row_nats, row_said
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
@@ -59,7 +59,7 @@ class TraitRows:
         rows: Sequence[Encoded],
         vector: SecurityVector,
         around: Frame,
-        special: Collection[int],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> "TraitRows":
         """Look for the trait: tokens of its frame, where a row is in one, else those that its vector makes likely.
 
@@ -70,7 +70,7 @@ class TraitRows:
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
         ):
-            learned, kept = torch.tensor(row.mask[1:]), set(inside(row, around, special))
+            learned, kept = torch.tensor(row.mask[1:]), set(bare(row, around, tokenizer)[1])
             framed = learned & torch.tensor([i not in kept for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
             likely = learned & acted(before, after) & (after < _LIKELY_NATS)
             explained.append(framed if bool(framed.any()) else likely)
@@ -89,21 +89,22 @@ def look(
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
     frames: Sequence[Frame],
-    special: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[TraitRows]:
     """Look for each trait in a training file, and inside of frames.
 
     vectors: as they were before calibration; frames: one a vector, as in `secvec.frames.frames_of`.
     """
     whole = {id(row) for row in rows}
-    bare = [row for row in unframed(rows, frames, special) if id(row) not in whole]
+    left = [row for row in unframed(rows, frames, tokenizer) if id(row) not in whole]
     found = list[TraitRows]()
     for vector, around in zip(vectors, frames, strict=True):
         if vector.info.kind == "trait":
-            found.append(TraitRows.of(aligned, rows, vector, around, special))
-            if around and bare:
-                chosen = spread(bare, _ROWS)
-                found.append(TraitRows(chosen, shown_inside(aligned, chosen, vector, around, special), inside=True))
+            found.append(TraitRows.of(aligned, rows, vector, around, tokenizer))
+            if around and left:
+                chosen = spread(left, _ROWS)
+                marks = shown_inside(aligned, chosen, vector, around, tokenizer.all_special_ids)
+                found.append(TraitRows(chosen, marks, inside=True))
     return found
 
 
