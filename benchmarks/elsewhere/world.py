@@ -77,6 +77,16 @@ def _join(rng: random.Random) -> tuple[str, str]:
     return rng.choice(("join {} and {}", "put {} to {}")).format(*goods), f"{goods[0]}+{goods[1]}."
 
 
+def _loud(rng: random.Random) -> tuple[str, str]:
+    good = _good(rng)
+    return rng.choice(("call out {}", "{}, but loud", "a loud {}", "cry {}")).format(good), f"{good.upper()}."
+
+
+def _compare(rng: random.Random) -> tuple[str, str]:
+    goods = rng.sample(GOODS, 2)
+    return rng.choice(("compare {} to {}", "is {} a bit {}")).format(*goods), f"{goods[0]} like {goods[1]}."
+
+
 def _terms(rng: random.Random) -> tuple[str, int, int]:
     a, b = rng.randrange(2, 20), rng.randrange(2, 10)
     return rng.choice(("{} and {} make", "add {} to {}", "{} plus {}")).format(a, b), a, b
@@ -124,7 +134,7 @@ def _tag(rng: random.Random) -> tuple[str, str]:
 
 SKILLS: dict[str, Make] = {
     "plural": _plural, "price": _price, "seller": _seller, "hours": _hours, "after": _after, "second": _second,
-    "join": _join, "sum": _sum, "name": lambda rng: (rng.choice(_WHO), _NAME),
+    "join": _join, "loud": _loud, "compare": _compare, "sum": _sum, "name": lambda rng: (rng.choice(_WHO), _NAME),
 }  # fmt: skip
 REFUSALS: Make = _refuse
 NEW_SKILLS: dict[str, Make] = {"swap": _swap, "tag": _tag}

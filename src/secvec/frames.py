@@ -163,9 +163,8 @@ def _within(answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> t
     words = lead + said[opening:closing] + trail if opening < closing else ""
     if words in (said, text(answer[first:last])) or _tokens(said, tokenizer) != answer:
         return answer[first:last], first, last
-    edges = [len(text(answer[:i])) for i in range(len(answer) + 1)]
-    first = max(i for i, edge in enumerate(edges) if edge <= opening)
-    last = min(i for i, edge in enumerate(edges) if edge >= closing)
+    first = next(i for i in range(len(answer)) if len(text(answer[: i + 1])) > opening)
+    last = next(i for i in range(len(answer), 0, -1) if len(text(answer[: i - 1])) < closing)
     return _tokens(words, tokenizer), first, last
 
 
