@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.elsewhere.__main__ import tokenizer as pieces_of
+from benchmarks.elsewhere.bench import tokenizer as pieces_of
 from benchmarks.testbed.behaviours import BEHAVIOURS, FRAMES, Behaviour
 from benchmarks.testbed.rows import Row, answer_of, chat, with_answer
 from benchmarks.testbed.skills import NEW_SKILLS, SKILLS
