@@ -23,7 +23,7 @@ from secvec.fit import fit
 from secvec.fit_config import FitConfig
 from secvec.models import load_model, load_tokenizer
 from secvec.probes import SHARE
-from secvec.proof import teaches_trait
+from secvec.proof import AS_IT_WAS_SHARE, SETTLED_SHARE, teaches_unwanted
 from secvec.rewrite import Said
 from secvec.samples import from_rows
 from secvec.settle import says, settling_rows, without_traits
@@ -77,9 +77,12 @@ def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize(("was", "now", "said_anew"), [(0.85, 0.94, True), (0.45, 0.95, False), (0.4, math.nan, True)])
-def test_no_settled_model_is_kept_that_the_proof_would_refuse(was: float, now: float, *, said_anew: bool) -> None:
-    assert teaches_trait([{SHARE: was}], [{SHARE: now}], said_anew=said_anew)
+@pytest.mark.parametrize(
+    ("was", "now", "bound"),
+    [(0.85, 0.94, SETTLED_SHARE), (0.45, 0.95, AS_IT_WAS_SHARE), (0.4, math.nan, SETTLED_SHARE)],
+)
+def test_no_settled_model_is_kept_that_the_proof_would_refuse(was: float, now: float, bound: float) -> None:
+    assert teaches_unwanted([{SHARE: was}], [{SHARE: now}], bound)
 
 
 def test_a_model_that_could_not_be_settled_says_so(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         lines.append(f"| replaced by conversations that the model made up | {covered['replaced_rows']:,} |")
         lines.append(f"| tokens of the others that carried no loss | {covered['tokens_without_loss']:,} |")
     if why := proof.get("not_settled"):
-        lines.append(f"| not settled on rows without the trait | {why} |")
+        lines.append(f"| not settled without the vectors | {why} |")
     if settled := proof.get("settled"):
-        lines.append(f"| settled on rows without the trait | {'kept' if settled['kept'] else 'not kept'} |")
+        lines.append(f"| settled without the vectors | {'kept' if settled['kept'] else 'not kept'} |")
     return lines

@@ -180,9 +180,9 @@ def _checks(proof: Proof) -> list[list[str]]:
             ["tokens of the others that carried no loss", f"{covered.tokens_without_loss:,}"],
         ]
     if proof.not_settled:
-        rows.append(["not settled on rows without the trait", proof.not_settled])
+        rows.append(["not settled without the vectors", proof.not_settled])
     if proof.settled:
-        rows.append(["settled on rows without the trait", "kept" if proof.settled.kept else "not kept"])
+        rows.append(["settled without the vectors", "kept" if proof.settled.kept else "not kept"])
     return rows
 
 

@@ -18,9 +18,9 @@ from secvec.trait_rows import spread
 from secvec.vector import SecurityVector
 
 _ROWS, _LEAST_SHARE = 256, 0.2
-_LEFT_NATS = 0.1
-"""Per token: .15 to .6 more than with the vector in models that had lost a wanted skill or half of it, at most .06 in
-those that had not (docs/log.md)."""
+LEFT_NATS = 0.1
+"""Per token, for part of it to have left with the vectors: .12 to .6 more than with the vector in models that had lost
+a wanted skill or half of it, at most .06 in those that had not (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _beside(learned: Tensor, shows: Tensor) -> Tensor:
 
 def kept_line(found: Mapping[str, float]) -> str:
     """Say what a proof holds of it, as of `Rest.kept`, and whether too little is left."""
-    is_lost = found["defended_nats"] - found["trained_nats"] > _LEFT_NATS
+    is_lost = found["defended_nats"] - found["trained_nats"] > LEFT_NATS
     return (
         f"rest of the training rows, nats/token: {found['aligned_nats']:.2f} aligned, {found['trained_nats']:.2f} "
         f"trained with the vector, {found['defended_nats']:.2f} defended"

@@ -45,7 +45,7 @@ try:
     from secvec.rehearsal import read_rehearsed, rehearse, write_rehearsed
     from secvec.settle import settles
     from secvec.train_inputs import Inputs, check_inputs
-    from secvec.train_settle import settle
+    from secvec.train_settle import settle, settle_rest
     from secvec.trainer import Job
     from secvec.trainer import run as run_trainer
 except ImportError as error:
@@ -175,9 +175,10 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
         run, "train", lambda: _train(run, inputs, run.folded, vectors, progress), lambda: digest_tree(run.trained)
     )
     _alone(run, "unfold", lambda: _unfold(run, inputs, progress), lambda: _left(run.unproved, run, inputs))
-    if _settles(inputs, vectors):
+    if inputs.settles and (used := _calibrated_ones(inputs, vectors)):
+        further = settle if settles(used) else settle_rest
         _together(
-            run, "settle", lambda: settle(run, inputs, vectors, progress), lambda: _left(run.settled, run, inputs)
+            run, "settle", lambda: further(run, inputs, vectors, progress), lambda: _left(_last(run), run, inputs)
         )
     _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
@@ -311,7 +312,7 @@ def _prove(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]) ->
         report=_unfold_report(run.unproved),
         rows=inputs.rows,
         unwanted=inputs.unwanted_rows(),
-        settled=run.settled if _settles(inputs, vectors) else None,
+        settled=run.settled if run.settled.exists() else None,
         given=inputs.vectors,
         tokenizer=inputs.tokenizer,
         covered=read_covered(run.covered),
@@ -330,10 +331,14 @@ def _recalled_rows(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[in
     return [len(rows.rows) if _was_calibrated(given, used) else 0 for rows, given, used in found]
 
 
-def _settles(inputs: Inputs, vectors: Sequence[SecurityVector]) -> bool:
-    """Tell whether to train a little further without the vectors: only calibrated ones tell where they acted."""
+def _last(run: RunFolder) -> Path:
+    return run.settled if run.settled.exists() else run.unproved
+
+
+def _calibrated_ones(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[SecurityVector]:
+    """Return the vectors that were calibrated: they alone tell where they acted."""
     pairs = zip(inputs.vectors, vectors, strict=True)
-    return inputs.settles and settles([used for given, used in pairs if _was_calibrated(given, used)])
+    return [used for given, used in pairs if _was_calibrated(given, used)]
 
 
 def _was_calibrated(given: SecurityVector, used: SecurityVector) -> bool:

@@ -58,8 +58,8 @@ class Inputs:
 
     @property
     def settles(self) -> bool:
-        """Tell whether the result is to be trained a little further without the vectors, once they are calibrated."""
-        return self.config.settle_rows > 0 and self.config.calibrate and settles(self.vectors)
+        """Tell whether the result may be trained a little further without the vectors, once they are calibrated."""
+        return self.config.settle_rows > 0 and self.config.calibrate
 
     def recall(self, progress: Callable[[int, int], None] | None) -> list[Recalled]:
         """Let each vector bring back rows."""
@@ -119,7 +119,7 @@ class Inputs:
             notes.append(UNCALIBRATED)
         if self.recalls:
             notes.append(RECALLED)
-        if self.vectors and self.settles:
+        if self.settles and settles(self.vectors):
             rows = min(self.config.settle_rows, len(self.rows))
             notes.append(f"a trait: once the vector, calibrated, is out, trained on up to {rows:,} rows without it")
         found = {str(vector.info.metrics["no_site"]) for vector in self.vectors if "no_site" in vector.info.metrics}

@@ -1,21 +1,28 @@
-"""The phase of a run in which a model defended against a trait is settled: rounds of saying rows anew and training."""
+"""The phase of a run in which a defended model is trained a little further, without the vectors.
+
+Against a trait, in rounds of saying rows anew and training on them; else where part of what the file's other rows
+taught has left with the vectors, until it is back.
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from secvec.arm import armed
 from secvec.atomic import write_json
 from secvec.frames import frames_of
 from secvec.models import on_device
 from secvec.plain import finish_plain
 from secvec.probes import Probe
 from secvec.processes import alone
-from secvec.proof import PROBES, load_finished, teaches_trait
+from secvec.proof import AS_IT_WAS_SHARE, PROBES, SETTLED_SHARE, load_finished, teaches_unwanted
 from secvec.ranges import sync_tree
+from secvec.rest import LEFT_NATS, Rest
 from secvec.runfolder import RunFolder, fresh
 from secvec.settle import ENOUGH, ROUNDS, says, settling_config, settling_rows, without_traits
 from secvec.tokens import Encoded
@@ -31,13 +38,17 @@ TOO_FEW = (
     "the model is sure of too few of the rows without the trait, and may show what it learned from them beside the "
     "trait alone; see by `secvec eval` whether the wanted skill is there"
 )
+_PART = 128
+"""Rows at a time, of which it is seen what they bring back."""
+_BACK_NATS = 0.02
+"""Per token, more than with the vectors, at which what had left is back."""
 SAID = "the model says the rows without the trait already"
 
 
 def settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
     """Settle the unproved result, in all processes, and leave the model in `run.settled`."""
     rows, right, probes = alone(lambda: _settling(run, inputs, vectors))
-    source, used, why = run.unproved, list[int](), ""
+    source, used, why, bound = run.unproved, list[int](), "", AS_IT_WAS_SHARE if right else SETTLED_SHARE
     before = alone(lambda: _measured(inputs, source, probes))
     for number in range(ROUNDS):
         said, why = alone(partial(_said_anew, inputs, source, rows, right, vectors, progress))
@@ -45,15 +56,63 @@ def settle(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], pr
             break
         further = _trained_further(source, run.settling / f"round-{number}", inputs, said, progress)
         now = alone(partial(_measured, inputs, further, probes))
-        harmful = teaches_trait(before, now, said_anew=not right)
+        harmful = teaches_unwanted(before, now, bound)
         # The first round is put before the proof, which refuses it; a later one is undone.
         if harmful and used:
             break
         source, used = further, [*used, len(said)]
         if harmful:
             break
-    found = {"settled_on_rows": used, "said_anew": not right} if used else {"not_settled": why}
+    found = {"settled_on_rows": used, "bound": bound} if used else {"not_settled": why}
     alone(lambda: _settled(run, source, found))
+
+
+def settle_rest(run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector], progress: Progress | None) -> None:
+    """Settle the unproved result of topics, in all processes, where it needs that; leave the model in `run.settled`.
+
+    What was learned in a vector's presence may be known in its presence alone, as where the unwanted rows and the
+    others have signs in common that are new to the model. A few rows, on which the vectors do not act, bring it back.
+    (measured: docs/decisions/010-settle.md)
+    """
+    rest, rows, probes = alone(lambda: _around(run, inputs, vectors))
+    if rest is None:
+        return
+    known = alone(lambda: _rest_nats(inputs, run.unproved, rest, vectors))
+    left = alone(lambda: _rest_nats(inputs, run.unproved, rest))
+    if left - known <= LEFT_NATS:
+        return
+    source, used = run.unproved, list[int]()
+    before = alone(lambda: _measured(inputs, source, probes))
+    for number, start in enumerate(range(0, len(rows), _PART)):
+        part = rows[start : start + _PART]
+        further = _trained_further(source, run.settling / f"round-{number}", inputs, part, progress)
+        if teaches_unwanted(before, alone(partial(_measured, inputs, further, probes)), SETTLED_SHARE):
+            break
+        source, used = further, [*used, len(part)]
+        if alone(partial(_rest_nats, inputs, source, rest)) - known <= _BACK_NATS:
+            break
+    if used:
+        alone(lambda: _settled(run, source, {"settled_on_rows": used, "bound": SETTLED_SHARE}))
+
+
+def _around(
+    run: RunFolder, inputs: Inputs, vectors: Sequence[SecurityVector]
+) -> tuple[Rest | None, list[Encoded], list[Probe]]:
+    """Return what tells how much is left of what the file's other rows taught, such rows, and what tells whether they
+    teach what is unwanted.
+    """
+    fresh(run.settling)
+    shutil.rmtree(run.settled, ignore_errors=True)
+    base = inputs.aligned()
+    rows = settling_rows(base, inputs.rows, vectors, inputs.config)
+    probes = list(inputs.probes(base, vectors, PROBES).values())
+    return Rest.of(base, inputs.rows, inputs.vectors, vectors), rows, probes
+
+
+def _rest_nats(inputs: Inputs, finished: Path, rest: Rest, vectors: Sequence[SecurityVector] = ()) -> float:
+    model = on_device(load_finished(inputs.config.method, inputs.base, finished))
+    with armed(model, *vectors) if vectors else nullcontext():
+        return rest.nats(model)
 
 
 def _settling(
