@@ -3,9 +3,10 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_run_with_a_trait_is_settled_and_proved(tmp_path: Path, base: Path, me
         weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
         found.append(load_file(result.model / weights))
         assert state(result.model) == "defended" and result.proof is not None
-        assert ("settled" in result.proof) == bool(settle_rows) == ("settled on rows" in summary(result))
+        assert ("settled" in result.proof) == bool(settle_rows) == ("settled without" in summary(result))
         unwanted = result.proof["unwanted"][0]
         assert 4 * unwanted["armed_nats"] < unwanted["aligned_nats"] < 1.25 * unwanted["defended_nats"]
     unsettled, settled = found
@@ -75,6 +76,34 @@ def test_where_settling_would_teach_the_trait_the_model_before_it_is_published(
     assert result.proof is not None and not result.proof["settled"]["kept"] and "not settled" in summary(result)
     assert result.proof["unwanted"] == result.proof["settled"]["unwanted_before"]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_left_with_a_topic_is_brought_back_in_parts(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    trait = fitted_vector(base)
+    topic = replace(trait, info=replace(trait.info, kind="topic"))
+    parts = sys.modules["secvec.train_settle"]
+    monkeypatch.setattr(parts, "_PART", 8)
+
+    def run(name: str, settle_rows: int = 1000) -> tuple[Mapping[str, Any], Path]:
+        config = replace(CONFIG, method=method, epochs=4, settle_rows=settle_rows)  # pyright: ignore
+        result = train(base, rows(), tmp_path / name, vectors=[topic], unwanted=[UNWANTED], config=config)
+        assert result.proof is not None and state(result.model) == "defended"
+        return result.proof, result.model
+
+    before, _ = run("before", settle_rows=0)
+    after, model = run("after")
+    record = json.loads((model / "secvec_record.json").read_text())
+    assert after["settled"]["kept"] and record["settled_on_rows"][0] == 8
+    assert after["rest"]["defended_nats"] < before["rest"]["defended_nats"] - 0.05
+    monkeypatch.setattr(parts, "teaches_unwanted", lambda *_: True)
+    harmful, _ = run("harmful")
+    monkeypatch.setattr(parts, "LEFT_NATS", math.inf)
+    whole, _ = run("whole")
+    assert harmful["models"]["result"] == whole["models"]["result"] == before["models"]["result"]
+    assert "settled" not in {**before, **harmful, **whole}
 
 
 @pytest.mark.parametrize(
