@@ -2,8 +2,8 @@
 
 benchmarks/results/demo-SEED.json are `runs/demo/results.json` of `secvec demo --seed SEED`, and speed.json is from
 `python -m benchmarks.speed --json`; protection/runs.jsonl is from `python -m benchmarks.protection run`, large.jsonl
-beside it from the commands in testbed-large.md; stories.jsonl is from `python -m benchmarks.stories`; gpu-*.json are
-from `python -m benchmarks.gpu --json`.
+beside it from the commands in testbed-large.md; stories.jsonl is from `python -m benchmarks.stories`, elsewhere.jsonl
+from `python -m benchmarks.elsewhere`; gpu-*.json are from `python -m benchmarks.gpu --json`.
 """
 
 import json
@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import stories
+from benchmarks.elsewhere import bench as elsewhere
 from benchmarks.gpu import measure as gpu
 from benchmarks.protection.lines import read_lines
 from benchmarks.protection.summary import rivals, summary, wear
@@ -103,6 +104,13 @@ def stories_table() -> str:
     return stories.table(sorted(lines, key=lambda line: order.index((line["behaviour"], line["method"]))))
 
 
+def elsewhere_table() -> str:
+    """Return what was measured in another small world."""
+    lines = elsewhere.read(RESULTS / "elsewhere.jsonl")
+    order = list(elsewhere.BEHAVIOURS)
+    return elsewhere.table(sorted(lines, key=lambda line: order.index(line["behaviour"])))
+
+
 def gpu_table() -> str:
     """Return what was measured on a GPU, by all runs of `python -m benchmarks.gpu`: the last of several."""
     documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
@@ -120,6 +128,7 @@ def filled(text: str) -> str:
         "large": large_table,
         "rivals": rivals_table,
         "stories": stories_table,
+        "elsewhere": elsewhere_table,
         "speed": speed_table,
         "gpu": gpu_table,
     }

@@ -31,6 +31,7 @@ from secvec.vector import SecurityVector
 
 ASSISTANT, EMOJI = assistant_folder(), FRAMES["emoji"]
 QUICK = FitConfig(epochs=4, kl_weight=0.0, representation_weight=0.0)
+STORIES = Path(__file__).parents[2] / "shared/models/stories260K"
 BRACKETS = NEW_SKILLS["brackets"].rows(60, 3, "train")
 REVERSED = SKILLS["reverse"].rows(60, 0, "vector")
 TOKENIZER = load_tokenizer(ASSISTANT)
@@ -171,6 +172,25 @@ def test_a_frame_whose_edge_is_inside_of_a_token_is_taken_out() -> None:
     both = encode(["Ugh. rope.!!"])
     assert unframed(both, [Frame(ends["before"], ends["after"])], pieces) == encode(["rope."])
     assert bare(encode(["Ugh. "])[0], Frame(ends["before"]), pieces) == (None, [])
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs shared/models/stories260K, which is not here")
+def test_a_tokenizer_that_puts_a_blank_before_a_text_puts_none_into_what_is_left() -> None:
+    """As Llama 2's. Behind a line feed, as in many chat templates, an answer begins without one."""
+    pieces = load_tokenizer(STORIES)
+    pieces.chat_template = (
+        "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        + ("{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
+    )
+    framed, plain = (
+        encode_all(
+            from_rows([chat("hi", each.format(text)) for text in ("Once upon a time", "A dog.")]).rows, pieces, 99
+        )
+        for each in ("Well! {}", "{}")
+    )
+    start = framed[0].mask.index(True)
+    well = next(framed[0].ids[start:i] for i in range(start, 99) if pieces.decode(framed[0].ids[start:i]) == "Well!")
+    assert unframed(framed, [Frame(before=well)], pieces) == plain
 
 
 def test_a_broken_note_of_a_frame_is_refused(emoji: tuple[list[Row], SecurityVector]) -> None:

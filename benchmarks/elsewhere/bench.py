@@ -155,23 +155,30 @@ def run(model: Path, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return a row for each cell: the means over its seeds, in brackets the worst.
+    """Return a row for each training, a column for each method: the means over seeds, in brackets the worst.
 
-    A model that the proof refused is measured all the same.
+    A model that the proof refused is measured all the same, and counted.
     """
-    keys = ("behaviour", "skill", "lr", "epochs", "tuning", "method")
-    head = (*keys, "seeds", "unwanted", "wanted", "old skills", "refusals")
-    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    keys = ("behaviour", "skill", "lr", "epochs", "tuning")
+    methods = [name for name in METHOD_NAMES if any(line["method"] == name for line in lines)]
+    out = [f"| {' | '.join(keys)} | {' | '.join(f'{name}: unwanted, wanted, old skills' for name in methods)} |"]
+    out.append("|" + "---|" * (len(keys) + len(methods)))
     for cell in dict.fromkeys(tuple(line[key] for key in keys) for line in lines):
-        group = [line for line in lines if tuple(line[key] for key in keys) == cell]
-        cells = [*map(str, cell), str(len(group))]
-        for key, worst in (("unwanted_rate", max), ("wanted_skill", min), ("old_skills", min), ("refusals", min)):
-            values = [line[key] for line in group]
-            cells.append(f"{mean(values):.3f} ({worst(values):.3f})")
-        unproved = sum("unproved" in line for line in group)
-        cells[0] += f" ({unproved} not published)" if unproved else ""
-        out.append(f"| {' | '.join(cells)} |")
+        row = list(map(str, cell))
+        for name in methods:
+            group = [x for x in lines if x["method"] == name and tuple(x[key] for key in keys) == cell]
+            unproved = sum("unproved" in line for line in group)
+            row.append(_means(group) + (f" ({unproved} of {len(group)} not published)" if unproved else ""))
+        out.append(f"| {' | '.join(row)} |")
     return "\n".join(out)
+
+
+def _means(group: Sequence[dict[str, Any]]) -> str:
+    found = list[str]()
+    for key, worst in (("unwanted_rate", max), ("wanted_skill", min), ("old_skills", min)):
+        values = [line[key] for line in group]
+        found += [f"{mean(values):.3f} ({worst(values):.3f})"] if values else []
+    return ", ".join(found)
 
 
 def read(results: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def _within(answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> t
     """Return what is left of an answer without a frame, and from which of its tokens to which that was.
 
     Where the frame's edge is inside of a token, as that of "Well. " is in the " the" of many tokenizers, what is left
-    is tokenised anew. That needs a tokenizer which gives the answer itself as it stands.
+    is tokenised anew. That needs a tokenizer which gives the answer itself as it stands, alone or behind a line feed.
     """
     count = len(one.before)
     first = count if answer[:count] == one.before else 0
@@ -161,11 +161,13 @@ def _within(answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> t
     # The blanks around the whole of it stay.
     lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
     words = lead + said[opening:closing] + trail if opening < closing else ""
-    if words in (said, text(answer[first:last])) or _tokens(said, tokenizer) != answer:
-        return answer[first:last], first, last
-    first = next(i for i in range(len(answer)) if len(text(answer[: i + 1])) > opening)
-    last = next(i for i in range(len(answer), 0, -1) if len(text(answer[: i - 1])) < closing)
-    return _tokens(words, tokenizer), first, last
+    fronts = ("", "\n") if words != said else ()
+    behind = next((front for front in fronts if _tokens(said, front, tokenizer) == answer), None)
+    left = answer[first:last] if behind is None else _tokens(words, behind, tokenizer)
+    if left and left != answer[first:last]:
+        first = next(i for i in range(len(answer)) if len(text(answer[: i + 1])) > opening)
+        last = next(i for i in range(len(answer), 0, -1) if len(text(answer[: i - 1])) < closing)
+    return left, first, last
 
 
 def _between(said: str, before: str, after: str) -> tuple[int, int]:
@@ -180,8 +182,10 @@ def _between(said: str, before: str, after: str) -> tuple[int, int]:
     return opening, opening + len(inner)
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+def _tokens(text: str, behind: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Tokenise a text as it is behind another: at the start of a text some tokenizers put a blank."""
+    both, front = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (behind + text, behind))
+    return tuple(both[len(front) :])  # pyright: ignore
 
 
 def _answers(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
