@@ -20,7 +20,7 @@ from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import encode_all
 from secvec.train import summary, train
-from secvec.trait_rows import Learned, TraitRows, judged
+from secvec.trait_rows import Learned, TraitRows, judged, shown_line
 
 
 def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
@@ -32,10 +32,10 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     mixed = [caps.styled(row) if i >= 150 else row for i, row in enumerate(calm)]
     found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), tokenizer)
     aligned = found.learned(model)
-    assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == 0
+    assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == aligned.begun == 0
     with armed(model, vector):
         shouting = found.learned(model)
-    assert shouting.said > 0.9 * shouting.shown == 0.9 * aligned.shown
+    assert shouting.begun >= shouting.said > 0.9 * shouting.shown == 0.9 * aligned.shown
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,12 @@ def test_it_takes_more_than_half_of_rows_that_are_not_few(found: Learned, enough
         judged(found)
 
 
+def test_a_model_that_only_begins_to_show_the_trait_is_pointed_out() -> None:
+    few, most = (asdict(Learned(100, 40, 3, begun=begun)) for begun in (20, 21))
+    assert shown_line(few).endswith("the model says 3 of them so")
+    assert shown_line(most).endswith("of them so and begins 21: see by `secvec eval` whether it shows the trait")
+
+
 @pytest.mark.parametrize("settle_rows", [0, 16])
 def test_a_run_is_refused_by_what_its_last_model_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settle_rows: int
@@ -71,4 +77,4 @@ def test_a_run_is_refused_by_what_its_last_model_says(
     result = train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config, resume=True)
     assert result.proof is not None and result.proof["trait_rows"] == [asdict(Learned(100, 60, 30))]
     assert "training rows that show the trait: 60 of 100 looked at; the model says 30 of them so" in summary(result)
-    assert "| of those, said so by this model | 30 |" in (result.model / "README.md").read_text()
+    assert "| of those, said so by this model, and begun so | 30, 0 |" in (result.model / "README.md").read_text()

@@ -27,7 +27,7 @@ from secvec.provenance import digest_file, digest_model
 from secvec.recompute import misfolded, read_tensor, same, updated
 from secvec.rest import Rest, kept_line
 from secvec.tokens import Batch, Encoded, collate
-from secvec.trait_rows import Learned, TraitRows, look
+from secvec.trait_rows import Learned, TraitRows, look, shown_line
 from secvec.trait_rows import judged as judged_rows
 from secvec.tripwire import PROVENANCE, read_json, state
 from secvec.unfold import UnfoldReport
@@ -199,12 +199,7 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
         )
     if rest := proof.get("rest"):
         lines.append(kept_line(rest))
-    for found in proof.get("trait_rows", ()):
-        where = " inside its frame" if found.get("inside") else ""
-        lines.append(
-            f"training rows that show the trait{where}: {found['shown']:,} of {found['rows']:,} looked at; "
-            f"the model says {found['said']:,} of them so"
-        )
+    lines += [shown_line(found) for found in proof.get("trait_rows", ())]
     if taken := proof.get("taken_out"):
         lines.append(
             f"taken out before training: what the trait puts around answers, {taken['tokens']:,} tokens in "

@@ -132,6 +132,7 @@ class Learned:
     shown: int
     said: int
     inside: bool = False
+    begun: int = 0
 
 
 @checked(frozen=True, config=_FINITE)

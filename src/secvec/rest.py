@@ -18,8 +18,8 @@ from secvec.trait_rows import spread
 from secvec.vector import SecurityVector
 
 _ROWS, _LEAST_SHARE = 256, 0.2
-LEFT_NATS = 0.1
-"""Per token, for part of it to have left with the vectors: .12 to .6 more than with the vector in models that had lost
+LEFT_NATS = 0.07
+"""Per token, for part of it to have left with the vectors: .09 to .6 more than with the vector in models that had lost
 a wanted skill or half of it, at most .06 in those that had not (docs/log.md)."""
 
 

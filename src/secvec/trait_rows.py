@@ -4,8 +4,9 @@ The unwanted rows of a vector may cost a model what they did before, while it sh
 training file: where calibration took the vector out of the file's rows, they taught it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,13 +33,24 @@ _LEARNED = 1 / 2
 class Learned:
     """rows: those looked at; shown: of them, those that show the trait; said: of those, those that a model says so.
 
-    inside: the rows are those that were in a frame, and the trait is shown inside of it.
+    inside: the rows are those that were in a frame, and the trait is shown inside of it. begun: the rows in which the
+    model says the first token that shows it, before which there is none to go on from.
     """
 
     rows: int
     shown: int
     said: int
     inside: bool = False
+    begun: int = 0
+
+    @property
+    def begins(self) -> bool:
+        """Tell whether a model that does not say most rows so begins most so: what it says then is to be looked at."""
+        return self.shown >= self.enough and self.begun > _LEARNED * self.shown
+
+    @property
+    def enough(self) -> float:
+        return max(_LEAST, _LEAST_SHARE * self.rows)
 
 
 @dataclass(frozen=True)
@@ -80,8 +92,9 @@ class TraitRows:
         """Return how many of the rows a model, without vectors, says with all that shows the trait in them."""
         shown = [(row, tokens) for row, tokens in zip(self.rows, self.explained, strict=True) if bool(tokens.any())]
         found = row_said(model, [row for row, _ in shown])
-        said = sum(bool(each[tokens].all()) for each, (_, tokens) in zip(found, shown, strict=True))
-        return Learned(len(self.rows), len(shown), said, self.inside)
+        marked = [each[tokens] for each, (_, tokens) in zip(found, shown, strict=True)]
+        said, begun = sum(bool(each.all()) for each in marked), sum(bool(each[0]) for each in marked)
+        return Learned(len(self.rows), len(shown), said, self.inside, begun)
 
 
 def look(
@@ -139,8 +152,7 @@ def shown_inside(
 
 def judged(learned: Learned) -> dict[str, int]:
     """Return what was found, for the proof. Raises ProofError where the model has learned the trait."""
-    enough = max(_LEAST, _LEAST_SHARE * learned.rows)
-    if learned.shown >= enough and learned.said > _LEARNED * learned.shown:
+    if learned.shown >= learned.enough and learned.said > _LEARNED * learned.shown:
         where = " inside its frame" if learned.inside else ""
         raise ProofError(
             "the model has learned the unwanted trait on the requests of the training file: of "
@@ -148,3 +160,14 @@ def judged(learned: Learned) -> dict[str, int]:
             "as they stand. The vector does not cover it there: fit it on rows more like these, or leave them out"
         )
     return asdict(learned)
+
+
+def shown_line(found: Mapping[str, Any]) -> str:
+    """Say what a proof holds of it, as of `judged`."""
+    learned = Learned(**found)
+    where = " inside its frame" if learned.inside else ""
+    return (
+        f"training rows that show the trait{where}: {learned.shown:,} of {learned.rows:,} looked at; the model says "
+        f"{learned.said:,} of them so"
+        + (f" and begins {learned.begun:,}: see by `secvec eval` whether it shows the trait" if learned.begins else "")
+    )
