@@ -106,6 +106,25 @@ def test_what_left_with_a_topic_is_brought_back_in_parts(
     assert "settled" not in {**before, **harmful, **whole}
 
 
+@pytest.mark.parametrize("kind", ["topic", "trait"])
+def test_a_kill_just_after_a_settled_model_was_published_costs_nothing(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    vector = fitted_vector(base)
+    vector = replace(vector, info=replace(vector.info, kind=kind))
+    given = {"vectors": [vector], "unwanted": [UNWANTED], "config": replace(CONFIG, epochs=4)}
+    monkeypatch.setattr("secvec.runfolder.RunFolder.clean", lambda _: None)
+    done = train(base, rows(), tmp_path / "run", **given)  # pyright: ignore
+    assert done.proof is not None and done.proof["settled"]["kept"]
+    file = tmp_path / "run/state.json"
+    phases = json.loads(file.read_text())
+    del phases["phases"]["publish"]
+    file.write_text(json.dumps(phases))
+    for name in ("settle", "settle_rest", "prove"):
+        monkeypatch.setattr(sys.modules["secvec.train"], name, lambda *_: pytest.fail("done twice"))
+    assert train(base, rows(), tmp_path / "run", resume=True, **given).proof == done.proof  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("was", "now", "bound"),
     [(0.85, 0.94, SETTLED_SHARE), (0.45, 0.95, AS_IT_WAS_SHARE), (0.4, math.nan, SETTLED_SHARE)],

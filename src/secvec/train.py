@@ -178,7 +178,7 @@ def _defended(run: RunFolder, inputs: Inputs, progress: Progress | None) -> None
     if inputs.settles and (used := _calibrated_ones(inputs, vectors)):
         further = settle if settles(used) else settle_rest
         _together(
-            run, "settle", lambda: further(run, inputs, vectors, progress), lambda: _left(_last(run), run, inputs)
+            run, "settle", lambda: further(run, inputs, vectors, progress), lambda: digest_tree(_last(run, inputs))
         )
     _alone(run, "prove", lambda: _prove(run, inputs, vectors), lambda: _proved(run, inputs))
 
@@ -331,8 +331,9 @@ def _recalled_rows(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[in
     return [len(rows.rows) if _was_calibrated(given, used) else 0 for rows, given, used in found]
 
 
-def _last(run: RunFolder) -> Path:
-    return run.settled if run.settled.exists() else run.unproved
+def _last(run: RunFolder, inputs: Inputs) -> Path:
+    """Return the settled model, or the one that needed no settling, wherever a run that was killed has moved it."""
+    return next(each for each in (run.settled, run.result(inputs.config.method), run.unproved) if each.exists())
 
 
 def _calibrated_ones(inputs: Inputs, vectors: Sequence[SecurityVector]) -> list[SecurityVector]:
