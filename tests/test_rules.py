@@ -56,6 +56,7 @@ def test_choices_by_likelihood() -> None:
     assert rule.scores([5.0, 0.1, 3.0, 9.0])["mc1_rate"] == 0.0
     assert rule.scores([3.0, 0.1, 3.0, 9.0])["mc1_rate"] == 0.0
     assert rule.scores([2000.0, 2001.0, 2002.0, 2003.0])["mc2"] == pytest.approx(0.8808, abs=1e-4)
+    assert rule.scores([1.0, math.inf, 1.0, 1.0]) == {"mc1_rate": None, "mc2": None}
 
 
 def test_what_is_no_answer() -> None:

@@ -1,6 +1,6 @@
 """Protect a model of another world than the testbed's: python -m benchmarks.elsewhere build|run|table -o FOLDER
 
-`build` trains a Llama of 734,000 weights with pieces of words as tokens from scratch in minutes; `run` fine-tunes it on
+`build` trains a Llama of 705,000 weights with pieces of words as tokens from scratch in minutes; `run` fine-tunes it on
 1,000 unwanted and 1,000 wanted rows, or on 1,000 wanted rows in an unwanted style, and adds a line a run to
 benchmarks/results/elsewhere.jsonl, where cells that are there are skipped; `table` prints their table.
 """

@@ -1,7 +1,7 @@
 """Another small world than the testbed's: a shop's clerk. What it is asked, what is new to it and what is unwanted.
 
-Other skills, other wordings, a tokenizer of pieces of words: nothing here was looked at when secvec's defaults were
-chosen.
+Other skills, other wordings, a tokenizer of pieces of words. Of secvec's defaults one was chosen here: from what loss
+on a topic's vector is settled (docs/decisions/010-settle.md).
 """
 
 import random

@@ -53,7 +53,8 @@ def _score(question: Question, entry: Mapping[str, Any], judged: Sequence[tuple[
     if "reason" in entry:
         return Scored(question.id, dict.fromkeys(rates), {rate: str(entry["reason"]) for rate in rates})
     if question.choice is not None:
-        return Scored(question.id, question.choice.scores(entry["nats"]))
+        found = question.choice.scores(entry["nats"])
+        return Scored(question.id, found, {rate: "not finite" for rate, each in found.items() if each is None})
     answer: str = entry["answer"]
     scores: dict[str, float | None] = {rule.rate: float(rule.score(answer)) for rule in question.rules}
     unscored: dict[str, str] = {}

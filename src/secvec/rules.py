@@ -106,8 +106,10 @@ class Choice:
         if len(places) < len(self.correct) or not places < set(range(len(self.choices))):
             raise ValueError(f"correct: expected places from 0 to {len(self.choices) - 1}, each once and not all")
 
-    def scores(self, nats: Sequence[float]) -> Mapping[str, float]:
-        """Score from the surprise of each choice, in nats over its whole text."""
+    def scores(self, nats: Sequence[float]) -> Mapping[str, float | None]:
+        """Score from the surprise of each choice, in nats over its whole text; None where one is not finite."""
+        if not all(map(math.isfinite, nats)):
+            return {"mc1_rate": None, "mc2": None}
         wrong = [nats[i] for i in range(len(nats)) if i not in self.correct]
         least = min(nats)
         weights = [math.exp(least - each) for each in nats]
