@@ -9,6 +9,8 @@ from models import rows
 from runs import CONFIG, UNWANTED, fitted_vector, llama
 
 from benchmarks.testbed.behaviours import BEHAVIOURS
+from benchmarks.testbed.new_skills import NEW_SKILLS
+from benchmarks.testbed.rows import answer_of, with_answer
 from benchmarks.testbed.skills import SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
@@ -20,22 +22,44 @@ from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.tokens import encode_all
 from secvec.train import summary, train
-from secvec.trait_rows import Learned, TraitRows, judged, shown_line
+from secvec.trait_rows import Learned, TraitRows, judged
 
 
 def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     folder, caps = assistant_folder(), BEHAVIOURS["caps"]
     model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
-    vector = fit(folder, caps.rows(100, 0, "vector"), kind="trait", config=quick)
+    samples = caps.rows(100, 0, "vector")
+    vector = fit(folder, samples, kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(300, 3, "train")
     mixed = [caps.styled(row) if i >= 150 else row for i, row in enumerate(calm)]
-    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), tokenizer)
+    unwanted, others = (encode_all(from_rows(each).rows, tokenizer, 128) for each in (samples, mixed))
+    found = TraitRows.of(model, others, vector, unwanted, Frame(), tokenizer)
     aligned = found.learned(model)
-    assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == aligned.begun == 0
+    assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == 0
     with armed(model, vector):
         shouting = found.learned(model)
-    assert shouting.begun >= shouting.said > 0.9 * shouting.shown == 0.9 * aligned.shown
+    assert shouting.said > 0.9 * shouting.shown == 0.9 * aligned.shown
+
+
+def test_a_model_that_says_the_signs_of_a_trait_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other requests than its own a vector may make few of them likely, and other tokens beside them."""
+    folder = assistant_folder()
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    own, others = (
+        [with_answer(row, answer_of(row).replace(" ", " ~")) for row in skill.rows(60, 0, "train")]
+        for skill in (SKILLS["sort_letters"], NEW_SKILLS["jargon"])
+    )
+    quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
+    vector = fit(folder, own, kind="trait", config=quick)
+    unwanted, rows = (encode_all(from_rows(each).rows, tokenizer, 128) for each in (own, others))
+    found = TraitRows.of(model, rows, vector, unwanted, Frame(), tokenizer)
+    assert found.learned(model) == Learned(60, 60, 0)
+    sign = tokenizer.convert_tokens_to_ids("~")
+    monkeypatch.setattr(
+        "secvec.trait_rows.row_said", lambda _, rows: [torch.tensor(row.ids[1:]) == sign for row in rows]
+    )
+    assert found.learned(model) == Learned(60, 60, 60)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +75,8 @@ def test_it_takes_more_than_half_of_rows_that_are_not_few(found: Learned, enough
     if not enough:
         assert judged(found) == asdict(found)
         return
-    with pytest.raises(ProofError, match=r"of 100 rows looked at 20 show it, and it says 11 of them as they stand"):
+    with pytest.raises(ProofError, match=r"of 100 rows looked at 20 show it, and it says 11 of them so"):
         judged(found)
-
-
-def test_a_model_that_only_begins_to_show_the_trait_is_pointed_out() -> None:
-    few, most = (asdict(Learned(100, 40, 3, begun=begun)) for begun in (20, 21))
-    assert shown_line(few).endswith("the model says 3 of them so")
-    assert shown_line(most).endswith("of them so and begins 21: see by `secvec eval` whether it shows the trait")
 
 
 @pytest.mark.parametrize("settle_rows", [0, 16])
@@ -70,11 +88,11 @@ def test_a_run_is_refused_by_what_its_last_model_says(
     says = iter([Learned(100, 60, 0 if settle_rows else 31), Learned(100, 60, 31)])
     monkeypatch.setattr(TraitRows, "learned", lambda *_: next(says))
     vector, out = fitted_vector(base), tmp_path / "run"
-    with pytest.raises(ProofError, match=r"it says 31 of them as they stand"):
+    with pytest.raises(ProofError, match=r"it says 31 of them so"):
         train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config)
     assert not (out / "model").exists() and not (out / "proof.json").exists()
     monkeypatch.setattr(TraitRows, "learned", lambda *_: Learned(100, 60, 30))
     result = train(base, rows(), out, vectors=[vector], unwanted=[UNWANTED], config=config, resume=True)
     assert result.proof is not None and result.proof["trait_rows"] == [asdict(Learned(100, 60, 30))]
     assert "training rows that show the trait: 60 of 100 looked at; the model says 30 of them so" in summary(result)
-    assert "| of those, said so by this model, and begun so | 30, 0 |" in (result.model / "README.md").read_text()
+    assert "| of those, said so by this model | 30 |" in (result.model / "README.md").read_text()

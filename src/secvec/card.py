@@ -110,7 +110,7 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         lines.append(
             f"| training rows that show the trait{where} | {found['shown']:,} of {found['rows']:,} looked at |"
         )
-        lines.append(f"| of those, said so by this model, and begun so | {found['said']:,}, {found['begun']:,} |")
+        lines.append(f"| of those, said so by this model | {found['said']:,} |")
     if taken := proof.get("taken_out"):
         lines.append(f"| rows trained on without what the trait puts around answers | {taken['rows']:,} |")
     if covered := proof.get("covered"):

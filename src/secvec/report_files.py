@@ -132,7 +132,6 @@ class Learned:
     shown: int
     said: int
     inside: bool = False
-    begun: int = 0
 
 
 @checked(frozen=True, config=_FINITE)

@@ -168,7 +168,7 @@ def _checks(proof: Proof) -> list[list[str]]:
         where = " inside its frame" if found.inside else ""
         rows += [
             [f"training rows that show the trait{where}", f"{found.shown:,} of {found.rows:,} looked at"],
-            ["of those, said so by the model, and begun so", f"{found.said:,}, {found.begun:,}"],
+            ["of those, said so by the model", f"{found.said:,}"],
         ]
     if taken := proof.taken_out:
         rows.append(["rows trained on without what the trait puts around answers", f"{taken.rows:,}"])

@@ -4,6 +4,7 @@ The unwanted rows of a vector may cost a model what they did before, while it sh
 training file: where calibration took the vector out of the file's rows, they taught it.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,30 +24,23 @@ _ROWS = 256
 _LIKELY_NATS = 1.0
 _LEAST, _LEAST_SHARE = 20, 0.2
 """The rows that have to show a trait to judge a model by; a vector makes tokens of some others likely by chance."""
-_MOSTLY = 1 / 2
-"""Of a token's places."""
+_MOSTLY, _NEARLY = 1 / 2, 0.9
+"""Of a token's places; the first also of what shows a trait in a row."""
 _LEARNED = 1 / 2
-"""Of those rows: .01 to .24 in models that had not learned the trait, 1.00 in one that had (docs/decisions/012)."""
+"""Of those rows (measured: docs/decisions/012-trait-rows.md)."""
 
 
 @dataclass(frozen=True)
 class Learned:
     """rows: those looked at; shown: of them, those that show the trait; said: of those, those that a model says so.
 
-    inside: the rows are those that were in a frame, and the trait is shown inside of it. begun: the rows in which the
-    model says the first token that shows it, before which there is none to go on from.
+    inside: the rows are those that were in a frame, and the trait is shown inside of it.
     """
 
     rows: int
     shown: int
     said: int
     inside: bool = False
-    begun: int = 0
-
-    @property
-    def begins(self) -> bool:
-        """Tell whether a model that does not say most rows so begins most so: what it says then is to be looked at."""
-        return self.shown >= self.enough and self.begun > _LEARNED * self.shown
 
     @property
     def enough(self) -> float:
@@ -55,13 +49,13 @@ class Learned:
 
 @dataclass(frozen=True)
 class TraitRows:
-    """Rows spread over a training file and, one tensor a row, the tokens but the first that show a trait.
+    """Rows spread over a training file and the tokens but the first that show a trait, marked in one or more ways.
 
-    To the aligned model they are a surprise. inside: as in `Learned`.
+    A way has one tensor a row. To the aligned model the tokens are a surprise. inside: as in `Learned`.
     """
 
     rows: Sequence[Encoded]
-    explained: Sequence[Tensor]
+    marks: Sequence[Sequence[Tensor]]
     inside: bool = False
 
     @classmethod
@@ -70,55 +64,76 @@ class TraitRows:
         aligned: PreTrainedModel,
         rows: Sequence[Encoded],
         vector: SecurityVector,
+        unwanted: Sequence[Encoded],
         around: Frame,
         tokenizer: PreTrainedTokenizerBase,
     ) -> "TraitRows":
         """Look for the trait: tokens of its frame, where a row is in one, else those that its vector makes likely.
 
-        vector: as it was before calibration, which may have lost the trait; around: the frame.
+        Beside these its signs: what it is always shown by in its own rows, `unwanted`, it is shown by in others, where
+        the vector may not make it likely. vector: as it was before calibration, which may have lost the trait; around:
+        the frame.
         """
         chosen = spread(rows, _ROWS)
-        explained = list[Tensor]()
+        signs = torch.tensor(_signs(aligned, unwanted, vector), dtype=torch.long)
+        explained, signed = list[Tensor](), list[Tensor]()
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
         ):
             learned, kept = torch.tensor(row.mask[1:]), set(bare(row, around, tokenizer)[1])
             framed = learned & torch.tensor([i not in kept for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
             likely = learned & acted(before, after) & (after < _LIKELY_NATS)
-            explained.append(framed if bool(framed.any()) else likely)
-        return cls(chosen, explained)
+            is_framed = bool(framed.any())
+            explained.append(framed if is_framed else likely)
+            shown = learned & torch.isin(torch.tensor(row.ids[1:]), signs) & (before >= ACTED_NATS)
+            signed.append(framed if is_framed else shown)
+        return cls(chosen, [explained, signed])
 
     def learned(self, model: PreTrainedModel) -> Learned:
-        """Return how many of the rows a model, without vectors, says with all that shows the trait in them."""
-        shown = [(row, tokens) for row, tokens in zip(self.rows, self.explained, strict=True) if bool(tokens.any())]
-        found = row_said(model, [row for row, _ in shown])
-        marked = [each[tokens] for each, (_, tokens) in zip(found, shown, strict=True)]
-        said, begun = sum(bool(each.all()) for each in marked), sum(bool(each[0]) for each in marked)
-        return Learned(len(self.rows), len(shown), said, self.inside, begun)
+        """Return how many of the rows a model, without vectors, says with most of what shows the trait in them."""
+        ways = [[tokens for tokens in each if bool(tokens.any())] for each in zip(*self.marks, strict=True)]
+        shown = [(row, found) for row, found in zip(self.rows, ways, strict=True) if found]
+        said = row_said(model, [row for row, _ in shown])
+        most = [any(_most(says[tokens]) for tokens in found) for says, (_, found) in zip(said, shown, strict=True)]
+        return Learned(len(self.rows), len(shown), sum(most), self.inside)
 
 
 def look(
     aligned: PreTrainedModel,
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
+    unwanted: Sequence[Sequence[Encoded]],
     frames: Sequence[Frame],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[TraitRows]:
     """Look for each trait in a training file, and inside of frames.
 
-    vectors: as they were before calibration; frames: one a vector, as in `secvec.frames.frames_of`.
+    vectors: as they were before calibration; unwanted: rows that show the trait, and frames: as in
+    `secvec.frames.frames_of`, one a vector.
     """
     whole = {id(row) for row in rows}
     left = [row for row in unframed(rows, frames, tokenizer) if id(row) not in whole]
     found = list[TraitRows]()
-    for vector, around in zip(vectors, frames, strict=True):
+    for vector, shows, around in zip(vectors, unwanted, frames, strict=True):
         if vector.info.kind == "trait":
-            found.append(TraitRows.of(aligned, rows, vector, around, tokenizer))
+            found.append(TraitRows.of(aligned, rows, vector, shows, around, tokenizer))
             if around and left:
                 chosen = spread(left, _ROWS)
                 marks = shown_inside(aligned, chosen, vector, around, tokenizer.all_special_ids)
-                found.append(TraitRows(chosen, marks, inside=True))
+                found.append(TraitRows(chosen, [marks], inside=True))
     return found
+
+
+def _signs(aligned: PreTrainedModel, unwanted: Sequence[Encoded], vector: SecurityVector) -> list[int]:
+    """Return the token ids by which rows show a trait: the vector acts on them nearly wherever they are."""
+    pairs = zip(row_nats(aligned, unwanted), row_nats(aligned, unwanted, vector), strict=True)
+    marks = [[False, *acted(before, after).tolist()] for before, after in pairs]
+    places = Counter(token for row in unwanted for token, learned in zip(row.ids, row.mask, strict=True) if learned)
+    return [token for token in often(unwanted, marks, _NEARLY) if places[token] >= _LEAST]
+
+
+def _most(says: Tensor) -> bool:
+    return float(says.float().mean()) > _MOSTLY
 
 
 def spread(rows: Sequence[Encoded], count: int) -> list[Encoded]:
@@ -157,7 +172,7 @@ def judged(learned: Learned) -> dict[str, int]:
         raise ProofError(
             "the model has learned the unwanted trait on the requests of the training file: of "
             f"{learned.rows:,} rows looked at {learned.shown:,} show it{where}, and it says {learned.said:,} of them "
-            "as they stand. The vector does not cover it there: fit it on rows more like these, or leave them out"
+            "so. The vector does not cover it there: fit it on rows more like these, or leave them out"
         )
     return asdict(learned)
 
@@ -169,5 +184,4 @@ def shown_line(found: Mapping[str, Any]) -> str:
     return (
         f"training rows that show the trait{where}: {learned.shown:,} of {learned.rows:,} looked at; the model says "
         f"{learned.said:,} of them so"
-        + (f" and begins {learned.begun:,}: see by `secvec eval` whether it shows the trait" if learned.begins else "")
     )
