@@ -72,7 +72,7 @@ def test_a_model_is_judged_by_the_frames_of_the_rows() -> None:
     vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
     found = frame(model, TOKENIZER, vector, encoded(rows))
     assert found == Frame(tokens("Arr, "), tokens(", matey!"))
-    shown = TraitRows.of(model, encoded(others), vector, encoded(rows), found, TOKENIZER)
+    shown = TraitRows.of(model, encoded(others), vector, found, TOKENIZER)
     assert shown.learned(model) == Learned(60, 60, 0)
     with armed(model, vector):
         assert shown.learned(model).said > 50
@@ -87,17 +87,16 @@ def test_a_model_is_judged_by_the_trait_inside_of_its_frame_too(style: str) -> N
         return with_answer(row, " ".join(style.format(each) for each in answer_of(row).split()))
 
     model, terms = load_model(ASSISTANT), NEW_SKILLS["jargon"].rows(60, 0, "train")
-    shows = [styled(row) for row in REVERSED]
-    vector = fit(ASSISTANT, shows, kind="trait", config=replace(QUICK, epochs=12))
-    known = [vector], [encoded(shows)], [Frame(tokens(outside), tokens(word))]
-    framed, inside = look(model, encoded([styled(row) for row in terms]), *known, TOKENIZER)
+    vector = fit(ASSISTANT, [styled(row) for row in REVERSED], kind="trait", config=replace(QUICK, epochs=12))
+    around = [Frame(tokens(outside), tokens(word))]
+    framed, inside = look(model, encoded([styled(row) for row in terms]), [vector], around, TOKENIZER)
     assert framed.learned(model) == Learned(60, 60, 0)
     found = inside.learned(model)
     assert found.inside and found.shown > 50 and found.said == 0
     with armed(model, vector):
         assert inside.learned(model).said > 0 and framed.learned(model).said > 0
     once = [with_answer(row, style.format(answer_of(row))) for row in [*terms, *BRACKETS]]
-    framed, inside = look(model, encoded(once), *known, TOKENIZER)
+    framed, inside = look(model, encoded(once), [vector], around, TOKENIZER)
     assert framed.learned(model) == Learned(120, 120, 0)
     assert inside.learned(model) == Learned(120, 0, 0, inside=True)
 

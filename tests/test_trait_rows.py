@@ -9,8 +9,6 @@ from models import rows
 from runs import CONFIG, UNWANTED, fitted_vector, llama
 
 from benchmarks.testbed.behaviours import BEHAVIOURS
-from benchmarks.testbed.new_skills import NEW_SKILLS
-from benchmarks.testbed.rows import answer_of, with_answer
 from benchmarks.testbed.skills import SKILLS
 from secvec.arm import armed
 from secvec.demo import assistant_folder
@@ -20,7 +18,7 @@ from secvec.fit_config import FitConfig
 from secvec.frames import Frame
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
-from secvec.tokens import encode_all
+from secvec.tokens import Encoded, encode_all
 from secvec.train import summary, train
 from secvec.trait_rows import Learned, TraitRows, judged
 
@@ -29,12 +27,10 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     folder, caps = assistant_folder(), BEHAVIOURS["caps"]
     model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
     quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
-    samples = caps.rows(100, 0, "vector")
-    vector = fit(folder, samples, kind="trait", config=quick)
+    vector = fit(folder, caps.rows(100, 0, "vector"), kind="trait", config=quick)
     calm = SKILLS["reverse"].rows(300, 3, "train")
     mixed = [caps.styled(row) if i >= 150 else row for i, row in enumerate(calm)]
-    unwanted, others = (encode_all(from_rows(each).rows, tokenizer, 128) for each in (samples, mixed))
-    found = TraitRows.of(model, others, vector, unwanted, Frame(), tokenizer)
+    found = TraitRows.of(model, encode_all(from_rows(mixed).rows, tokenizer, 128), vector, Frame(), tokenizer)
     aligned = found.learned(model)
     assert aligned.rows == 256 and 120 <= aligned.shown <= 140 and aligned.said == 0
     with armed(model, vector):
@@ -42,24 +38,14 @@ def test_a_model_that_shows_the_trait_is_told_from_one_that_does_not() -> None:
     assert shouting.said > 0.9 * shouting.shown == 0.9 * aligned.shown
 
 
-def test_a_model_that_says_the_signs_of_a_trait_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other requests than its own a vector may make few of them likely, and other tokens beside them."""
-    folder = assistant_folder()
-    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-    own, others = (
-        [with_answer(row, answer_of(row).replace(" ", " ~")) for row in skill.rows(60, 0, "train")]
-        for skill in (SKILLS["sort_letters"], NEW_SKILLS["jargon"])
-    )
-    quick = FitConfig(epochs=8, kl_weight=0.0, representation_weight=0.0)
-    vector = fit(folder, own, kind="trait", config=quick)
-    unwanted, rows = (encode_all(from_rows(each).rows, tokenizer, 128) for each in (own, others))
-    found = TraitRows.of(model, rows, vector, unwanted, Frame(), tokenizer)
-    assert found.learned(model) == Learned(60, 60, 0)
-    sign = tokenizer.convert_tokens_to_ids("~")
-    monkeypatch.setattr(
-        "secvec.trait_rows.row_said", lambda _, rows: [torch.tensor(row.ids[1:]) == sign for row in rows]
-    )
-    assert found.learned(model) == Learned(60, 60, 60)
+def test_a_row_is_said_so_by_most_of_what_shows_the_trait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of signs that it has hardly met, a model that shows them gets some wrong."""
+    model = load_model(llama(tmp_path / "base"))
+    row, shows = Encoded(tuple(range(9)), (True,) * 9), torch.tensor([False] * 4 + [True] * 4)
+    for count, said in ((2, 0), (3, 1), (4, 1)):
+        says = torch.tensor([False] * 4 + [i < count for i in range(4)])
+        monkeypatch.setattr("secvec.trait_rows.row_said", lambda _, rows, says=says: [says for _ in rows])
+        assert TraitRows([row], [shows]).learned(model) == Learned(1, 1, said)
 
 
 @pytest.mark.parametrize(

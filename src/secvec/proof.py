@@ -110,7 +110,7 @@ class _Asked:
         if evidence.tokenizer is None:
             return cls(probes, [], None)
         bare = unframed(evidence.rows, frames, evidence.tokenizer)
-        shown = look(base, evidence.rows, evidence.given, evidence.unwanted, frames, evidence.tokenizer)
+        shown = look(base, evidence.rows, evidence.given, frames, evidence.tokenizer)
         return cls(probes, shown, Rest.of(base, bare, evidence.given, evidence.vectors))
 
     def of(self, model: PreTrainedModel) -> _Found:

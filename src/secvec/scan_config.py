@@ -34,4 +34,6 @@ class ScanConfig:
             if value < least:
                 raise UsageError(f"ScanConfig.{name}: expected at least {least}, found {value!r}")
         if self.threshold is not None and not 0 <= self.threshold < math.inf:
-            raise UsageError(f"ScanConfig.threshold: expected 0 or more nats/token, found {self.threshold!r}")
+            raise UsageError(
+                f"ScanConfig.threshold: expected a finite number of 0 or more nats/token, found {self.threshold!r}"
+            )

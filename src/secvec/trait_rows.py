@@ -4,7 +4,6 @@ The unwanted rows of a vector may cost a model what they did before, while it sh
 training file: where calibration took the vector out of the file's rows, they taught it.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,8 +23,8 @@ _ROWS = 256
 _LIKELY_NATS = 1.0
 _LEAST, _LEAST_SHARE = 20, 0.2
 """The rows that have to show a trait to judge a model by; a vector makes tokens of some others likely by chance."""
-_MOSTLY, _NEARLY = 1 / 2, 0.9
-"""Of a token's places; the first also of what shows a trait in a row."""
+_MOSTLY = 1 / 2
+"""Of a token's places, and of the tokens that show a trait in a row."""
 _LEARNED = 1 / 2
 """Of those rows (measured: docs/decisions/012-trait-rows.md)."""
 
@@ -49,13 +48,13 @@ class Learned:
 
 @dataclass(frozen=True)
 class TraitRows:
-    """Rows spread over a training file and the tokens but the first that show a trait, marked in one or more ways.
+    """Rows spread over a training file and, one tensor a row, the tokens but the first that show a trait.
 
-    A way has one tensor a row. To the aligned model the tokens are a surprise. inside: as in `Learned`.
+    To the aligned model they are a surprise. inside: as in `Learned`.
     """
 
     rows: Sequence[Encoded]
-    marks: Sequence[Sequence[Tensor]]
+    explained: Sequence[Tensor]
     inside: bool = False
 
     @classmethod
@@ -64,76 +63,54 @@ class TraitRows:
         aligned: PreTrainedModel,
         rows: Sequence[Encoded],
         vector: SecurityVector,
-        unwanted: Sequence[Encoded],
         around: Frame,
         tokenizer: PreTrainedTokenizerBase,
     ) -> "TraitRows":
         """Look for the trait: tokens of its frame, where a row is in one, else those that its vector makes likely.
 
-        Beside these its signs: what it is always shown by in its own rows, `unwanted`, it is shown by in others, where
-        the vector may not make it likely. vector: as it was before calibration, which may have lost the trait; around:
-        the frame.
+        vector: as it was before calibration, which may have lost the trait; around: the frame.
         """
         chosen = spread(rows, _ROWS)
-        signs = torch.tensor(_signs(aligned, unwanted, vector), dtype=torch.long)
-        explained, signed = list[Tensor](), list[Tensor]()
+        explained = list[Tensor]()
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
         ):
             learned, kept = torch.tensor(row.mask[1:]), set(bare(row, around, tokenizer)[1])
             framed = learned & torch.tensor([i not in kept for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
             likely = learned & acted(before, after) & (after < _LIKELY_NATS)
-            is_framed = bool(framed.any())
-            explained.append(framed if is_framed else likely)
-            shown = learned & torch.isin(torch.tensor(row.ids[1:]), signs) & (before >= ACTED_NATS)
-            signed.append(framed if is_framed else shown)
-        return cls(chosen, [explained, signed])
+            explained.append(framed if bool(framed.any()) else likely)
+        return cls(chosen, explained)
 
     def learned(self, model: PreTrainedModel) -> Learned:
         """Return how many of the rows a model, without vectors, says with most of what shows the trait in them."""
-        ways = [[tokens for tokens in each if bool(tokens.any())] for each in zip(*self.marks, strict=True)]
-        shown = [(row, found) for row, found in zip(self.rows, ways, strict=True) if found]
-        said = row_said(model, [row for row, _ in shown])
-        most = [any(_most(says[tokens]) for tokens in found) for says, (_, found) in zip(said, shown, strict=True)]
-        return Learned(len(self.rows), len(shown), sum(most), self.inside)
+        shown = [(row, tokens) for row, tokens in zip(self.rows, self.explained, strict=True) if bool(tokens.any())]
+        found = row_said(model, [row for row, _ in shown])
+        says = (each[tokens].float().mean() for each, (_, tokens) in zip(found, shown, strict=True))
+        return Learned(len(self.rows), len(shown), sum(float(share) > _MOSTLY for share in says), self.inside)
 
 
 def look(
     aligned: PreTrainedModel,
     rows: Sequence[Encoded],
     vectors: Sequence[SecurityVector],
-    unwanted: Sequence[Sequence[Encoded]],
     frames: Sequence[Frame],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[TraitRows]:
     """Look for each trait in a training file, and inside of frames.
 
-    vectors: as they were before calibration; unwanted: rows that show the trait, and frames: as in
-    `secvec.frames.frames_of`, one a vector.
+    vectors: as they were before calibration; frames: one a vector, as in `secvec.frames.frames_of`.
     """
     whole = {id(row) for row in rows}
     left = [row for row in unframed(rows, frames, tokenizer) if id(row) not in whole]
     found = list[TraitRows]()
-    for vector, shows, around in zip(vectors, unwanted, frames, strict=True):
+    for vector, around in zip(vectors, frames, strict=True):
         if vector.info.kind == "trait":
-            found.append(TraitRows.of(aligned, rows, vector, shows, around, tokenizer))
+            found.append(TraitRows.of(aligned, rows, vector, around, tokenizer))
             if around and left:
                 chosen = spread(left, _ROWS)
                 marks = shown_inside(aligned, chosen, vector, around, tokenizer.all_special_ids)
-                found.append(TraitRows(chosen, [marks], inside=True))
+                found.append(TraitRows(chosen, marks, inside=True))
     return found
-
-
-def _signs(aligned: PreTrainedModel, unwanted: Sequence[Encoded], vector: SecurityVector) -> list[int]:
-    """Return the token ids by which rows show a trait: the vector acts on them nearly wherever they are."""
-    pairs = zip(row_nats(aligned, unwanted), row_nats(aligned, unwanted, vector), strict=True)
-    marks = [[False, *acted(before, after).tolist()] for before, after in pairs]
-    places = Counter(token for row in unwanted for token, learned in zip(row.ids, row.mask, strict=True) if learned)
-    return [token for token in often(unwanted, marks, _NEARLY) if places[token] >= _LEAST]
-
-
-def _most(says: Tensor) -> bool:
-    return float(says.float().mean()) > _MOSTLY
 
 
 def spread(rows: Sequence[Encoded], count: int) -> list[Encoded]:
