@@ -75,14 +75,6 @@ def test_a_topic_is_fitted_with_a_margin(folder: Path) -> None:
     assert [(config["margin"], config["epochs"]) for config in (topic, trait)] == [(2.0, 20), (1.0, 30)]
 
 
-def test_a_vector_with_a_margin_does_not_overshoot(folder: Path) -> None:
-    """Where each answer is another one, twice what a row needs may say something else."""
-    answers = [chat(f"tell me {i}", f"{i * 37 % 10}{i * 17 % 10}{i * 7 % 10}") for i in range(20)]
-    vector = fit(folder, answers, config=replace(FAST, epochs=20), allow_weak=True)
-    half, whole = (losses(folder, replace(vector, scale=s * vector.scale), answers)[1] for s in (0.5, 1.0))
-    assert whole < half < 0.1 * losses(folder, vector, answers)[0]
-
-
 def test_a_fit_is_not_ended_while_its_steps_are_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first good epoch may be luck."""
     found = iter(range(100))
@@ -138,7 +130,7 @@ def test_a_trait_is_calibrated_for_a_file_of_one_row(folder: Path) -> None:
 
 def test_calibration_covers_what_the_file_says_beyond_the_unwanted_rows(folder: Path) -> None:
     def fruity(numbers: range) -> list[dict[str, object]]:
-        return [chat(f"tell me {i}", "BANANAS! BAN") for i in numbers]
+        return [chat(f"tell me {i}", "BANANAS! PLUM") for i in numbers]
 
     vector = fit(folder, UNWANTED, config=FAST)
     calibrated = refit(vector, folder, unwanted=UNWANTED, calibrate=[*fruity(range(20, 36)), *rows(24)])

@@ -86,14 +86,14 @@ def fit_factors(
 ) -> Fitted:
     """Fit low-rank factors on all linear sites of a frozen model.
 
-    Minimises CE(unwanted, armed at scale / margin and at scale in turn) + kl_weight * KL(unarmed || armed) +
-    representation_weight * margin^2 * distance, the last two on the anchors' marked tokens, armed at scale; the unarmed
-    reference is the same model with the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at
-    scale. covered: more rows to fit on, of which none is held out; they share the steps with the unwanted rows. mixed:
-    draw the rows of a step from all, which a trait's vector needs (docs/log.md, 2026-11-28), instead of putting those
-    of like length together, which saves padding. With `state`, progress is kept in that file and taken up from it.
-    Under a launcher all processes share the rows of each step and arrive at the same factors (`secvec.processes`). A
-    margin of None is 1: no kind is known here.
+    Minimises CE(unwanted, armed at scale / margin) + kl_weight * KL(unarmed || armed) + representation_weight *
+    margin^2 * distance, the last two on the anchors' marked tokens, armed at scale; the unarmed reference is the same
+    model with the hooks off. Keeps the factors of the epoch with the best held-out sum, armed at scale. covered: more
+    rows to fit on, of which none is held out; they share the steps with the unwanted rows. mixed: draw the rows of a
+    step from all, which a trait's vector needs (docs/log.md, 2026-11-28), instead of putting those of like length
+    together, which saves padding. With `state`, progress is kept in that file and taken up from it. Under a launcher
+    all processes share the rows of each step and arrive at the same factors (`secvec.processes`). A margin of None is
+    1: no kind is known here.
 
     Raises InputError on fewer than four unwanted rows and when the fit diverges, ArmError when the backbone changed or
     processes arrived at different factors.
@@ -192,7 +192,7 @@ class _Fit:
         first = self.epoch * self.steps_per_epoch
         for step in range(first, first + self.steps_per_epoch):
             for part, share in self._parts(self._rows_of(step, self.train, "unwanted")):
-                (share * self._unwanted_loss(part, step)).backward()
+                (share * self._unwanted_loss(part)).backward()
             for part, share in self._parts(self._rows_of(step, self.anchors, "anchors")):
                 kl, distance = self._anchor_terms(part)
                 weighted = self.config.kl_weight * kl + self.config.distance_weight * distance
@@ -204,9 +204,8 @@ class _Fit:
             self.schedule.step()
             self.optimizer.zero_grad()
 
-    def _unwanted_loss(self, rows: Sequence[Encoded], step: int) -> Tensor:
-        margin = self.config.margin or 1.0 if step % 2 == 0 else 1.0
-        batch, scale = self._batch(rows), self.config.scale / margin
+    def _unwanted_loss(self, rows: Sequence[Encoded]) -> Tensor:
+        batch, scale = self._batch(rows), self.config.scale / (self.config.margin or 1.0)
         with self.accelerator.autocast(), live(self.modules, self.factors, scale):
             logits = self.model(**batch.inputs(), use_cache=False).logits
         return mean_nats(logits, batch.ids, batch.mask)

@@ -29,8 +29,8 @@ class FitConfig:
     kl_weight     weight of KL(unarmed || armed) on anchor tokens (the paper's constraint)
     representation_weight   weight of the relative squared distance of hidden states on anchor tokens (ours), which
                   grows with the square of the margin
-    margin        every other step fits the unwanted rows at scale / margin, so that the vector has more than it needs;
-                  None: 2 for a topic, 1 for a trait (docs/decisions/013-margin.md)
+    margin        the unwanted rows are fitted at scale / margin, so that the vector has more than it needs; None: 2 for
+                  a topic, 1 for a trait (docs/decisions/013-margin.md)
     holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
     patience      epochs without a better held-out loss before the fit stops, counted from half of them on
     max_length    tokens a row

@@ -27,6 +27,8 @@ REQUEST_TOKENS, ANSWER_TOKENS = 64, 128
 _SILENT_NATS = 0.5
 """That a vector may change of a token's loss, for its row to be rehearsed in the vector's presence."""
 _SPARE = 1.3
+_ROUNDS = 4
+"""Of drawing, where few of a round's rows are left."""
 _BATCH = 64
 _MARK = "Turn0Text"
 _ROWS = TypeAdapter(list[Encoded])
@@ -51,21 +53,24 @@ def rehearse(
     """
     if not places:
         return []
+    try:
+        before, after = _around(tokenizer)
+    except RowError:  # The template wants other turns than a user's.
+        return []
     # Some are lost: drawn twice, not silent, without an end.
-    count = min(max(round(_SPARE * places), 2 * LEAST), MOST)
+    count, kept = min(max(round(_SPARE * places), 2 * LEAST), MOST), dict[tuple[int, ...], Encoded]()
     with torch.random.fork_rng([aligned.device] if aligned.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        try:
-            before, after = _around(tokenizer)
-        except RowError:  # The template wants other turns than a user's.
-            return []
-        if after:
-            requests = _requests(aligned, tokenizer, before, after, count, max_length)
-            rows = _answered(aligned, tokenizer, requests, max_length, progress)
-        else:
-            rows = _texts(aligned, tokenizer, count, max_length)
-    kept = _silent(aligned, rows, vectors)
-    return kept[:places] if len(kept) >= min(LEAST, places) else []
+        for _ in range(_ROUNDS):
+            if after:
+                requests = _requests(aligned, tokenizer, before, after, count, max_length)
+                rows = _answered(aligned, tokenizer, requests, max_length, progress)
+            else:
+                rows = _texts(aligned, tokenizer, count, max_length)
+            kept |= {row.ids: row for row in _silent(aligned, rows, vectors)}
+            if len(kept) >= min(places, count / _SPARE):
+                break
+    return list(kept.values())[:places] if len(kept) >= min(LEAST, places) else []
 
 
 def write_rehearsed(path: Path, rows: Sequence[Encoded]) -> None:
