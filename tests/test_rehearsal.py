@@ -57,6 +57,25 @@ def test_where_a_vector_acts_nothing_is_rehearsed() -> None:
     assert kept < {row.ids for row in alone}
 
 
+@pytest.mark.parametrize(("kept_of", "rounds"), [(1, 1), (5, 3), (20, 1)])
+def test_where_few_conversations_are_left_more_are_made_up(
+    monkeypatch: pytest.MonkeyPatch, kept_of: int, rounds: int
+) -> None:
+    """Not where that would be too few all the same."""
+    left = list[Encoded]()
+    calls = list[int]()
+
+    def silent(_: object, rows: list[Encoded], __: object) -> list[Encoded]:
+        calls.append(len(rows))
+        left.extend(rows[::kept_of])
+        return rows[::kept_of]
+
+    monkeypatch.setattr("secvec.rehearsal._silent", silent)
+    found = rehearse(load_model(FOLDER), load_tokenizer(FOLDER), [], 64, max_length=256, seed=0)
+    different = list({row.ids: row for row in left}.values())
+    assert len(calls) == rounds and found == (different[:64] if len(different) >= LEAST else [])
+
+
 def test_a_model_without_turns_writes_texts_and_one_with_too_little_to_say_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ def _told(run: RunFolder) -> dict[str, Any]:
     if not run.proof.exists():
         return {}
     proof = read_json(run.proof)
-    told = {key: proof[key] for key in ("covered", "settled", "not_settled", "rest") if key in proof}
+    told = {key: proof[key] for key in ("covered", "settled", "not_settled", "rest", "trait_rows") if key in proof}
     vectors = [artifact.load(path).info.metrics for path in sorted(run.out.glob("vector-*.safetensors"))]
     return {"run": {**told, "vectors": [dict(metrics) for metrics in vectors]}}
 

@@ -27,8 +27,8 @@ REQUEST_TOKENS, ANSWER_TOKENS = 64, 128
 _SILENT_NATS = 0.5
 """That a vector may change of a token's loss, for its row to be rehearsed in the vector's presence."""
 _SPARE = 1.3
-_ROUNDS = 4
-"""Of drawing, where few of a round's rows are left."""
+_ROUNDS, _ENOUGH = 4, 1 / 2
+"""Of drawing, at most, and the share of a round's rows with which there are no more."""
 _BATCH = 64
 _MARK = "Turn0Text"
 _ROWS = TypeAdapter(list[Encoded])
@@ -61,14 +61,15 @@ def rehearse(
     count, kept = min(max(round(_SPARE * places), 2 * LEAST), MOST), dict[tuple[int, ...], Encoded]()
     with torch.random.fork_rng([aligned.device] if aligned.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for _ in range(_ROUNDS):
+        for left in reversed(range(_ROUNDS)):
             if after:
                 requests = _requests(aligned, tokenizer, before, after, count, max_length)
                 rows = _answered(aligned, tokenizer, requests, max_length, progress)
             else:
                 rows = _texts(aligned, tokenizer, count, max_length)
-            kept |= {row.ids: row for row in _silent(aligned, rows, vectors)}
-            if len(kept) >= min(places, count / _SPARE):
+            more = {row.ids: row for row in _silent(aligned, rows, vectors)}
+            kept |= more
+            if len(kept) >= min(places, _ENOUGH * count) or len(kept) + left * len(more) < min(LEAST, places):
                 break
     return list(kept.values())[:places] if len(kept) >= min(LEAST, places) else []
 
