@@ -75,14 +75,6 @@ def test_a_topic_is_fitted_with_a_margin(folder: Path) -> None:
     assert [(config["margin"], config["epochs"]) for config in (topic, trait)] == [(2.0, 20), (1.0, 30)]
 
 
-def test_a_fit_is_not_ended_while_its_steps_are_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first good epoch may be luck."""
-    found = iter(range(100))
-    monkeypatch.setattr("secvec.factors._Fit._measure", lambda _: (float(next(found)), 0.0, 0.0))
-    vector = fit(folder, UNWANTED, config=replace(FAST, epochs=20, patience=3), allow_weak=True)
-    assert vector.info.metrics["epochs"] == 13
-
-
 def test_anchors_keep_the_armed_model_near_the_unarmed_one(folder: Path) -> None:
     ordinary = rows(24)
     model, tokenizer = load_model(folder), load_tokenizer(folder)

@@ -295,8 +295,7 @@ class _Fit:
         if total < self.best_total:
             self.best_total, self.waited = total, 0
             self.best = [parameter.detach().clone() for parameter in self.parameters]
-        elif self.epoch >= self.config.passes // 2:
-            # Before that the step size is large: a first good epoch may have been luck.
+        else:
             self.waited += 1
 
     def _save(self, state: Path) -> None:

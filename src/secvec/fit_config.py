@@ -32,7 +32,7 @@ class FitConfig:
     margin        the unwanted rows are fitted at scale / margin, so that the vector has more than it needs; None: 2 for
                   a topic, 1 for a trait (docs/decisions/013-margin.md)
     holdout       share of the unwanted rows (and of the anchors) kept for early stopping and the stated metrics
-    patience      epochs without a better held-out loss before the fit stops, counted from half of them on
+    patience      epochs without a better held-out loss before the fit stops
     max_length    tokens a row
     calibration_rows   rows of a training file that calibration looks at
     seed          of the factors, the hold-out and the order of the rows
