@@ -49,7 +49,8 @@ def rehearse(
     Requests are drawn from the model at temperature 1, after what its chat template writes before a user's words, and
     answered greedily; the answers carry loss. A model that has no template, or one that puts nothing between a user's
     words and the answer, writes texts. Where a vector is not silent, as on the refusals that it turns, training in its
-    presence would teach against it. None are returned where few are left.
+    presence would teach against it. Where few of a round are left, more are drawn; none are returned where few are in
+    the end.
     """
     if not places:
         return []
