@@ -41,10 +41,6 @@ class Learned:
     said: int
     inside: bool = False
 
-    @property
-    def enough(self) -> float:
-        return max(_LEAST, _LEAST_SHARE * self.rows)
-
 
 @dataclass(frozen=True)
 class TraitRows:
@@ -144,7 +140,8 @@ def shown_inside(
 
 def judged(learned: Learned) -> dict[str, int]:
     """Return what was found, for the proof. Raises ProofError where the model has learned the trait."""
-    if learned.shown >= learned.enough and learned.said > _LEARNED * learned.shown:
+    enough = max(_LEAST, _LEAST_SHARE * learned.rows)
+    if learned.shown >= enough and learned.said > _LEARNED * learned.shown:
         where = " inside its frame" if learned.inside else ""
         raise ProofError(
             "the model has learned the unwanted trait on the requests of the training file: of "
