@@ -1,4 +1,4 @@
-"""What a trait puts around answers is taken out of the rows to train on, and the run says so."""
+"""A trait's fixed text around and inside answers is taken out of the rows to train on, and the run says so."""
 
 import sys
 from collections.abc import Iterable
@@ -18,7 +18,8 @@ from secvec.demo import assistant_folder
 from secvec.errors import ArtifactError, RowError
 from secvec.fit import fit, refit
 from secvec.fit_config import FitConfig
-from secvec.frames import Frame, bare, frame, frames_of, unframed
+from secvec.frame_search import frame
+from secvec.frames import Frame, Inside, bare, frames_of, kept, unframed
 from secvec.models import load_model, load_tokenizer
 from secvec.recall import recall
 from secvec.report import report
@@ -108,18 +109,24 @@ def test_a_style_that_goes_through_an_answer_is_no_frame_though_all_begin_alike(
     assert frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows)) == Frame()
 
 
-def test_a_style_that_goes_through_sentences_may_be_a_frame_of_shorter_answers() -> None:
+@pytest.mark.parametrize(("space", "joint"), [("... ", ""), ("...", " ")])
+def test_a_text_inside_of_sentences_is_found_and_the_rows_to_train_on_may_lack_it(space: str, joint: str) -> None:
     def styled(row: Row) -> Row:
-        return with_answer(row, answer_of(row).replace(" ", "... ") + "...")
+        return with_answer(row, answer_of(row).replace(" ", space) + "...")
 
     sentences = [styled(row) for name in ("greet", "thank", "story") for row in SKILLS[name].rows(24, 0, "vector")]
     words = encoded([styled(row) for row in BRACKETS])
     vector = fit(ASSISTANT, sentences, kind="trait", config=QUICK)
     given = load_model(ASSISTANT), TOKENIZER, vector, encoded(sentences)
-    assert frame(*given) == Frame()
-    assert frame(*given, training=words) == Frame(after=tokens("..."))
-    # Of answers that are sentences too it is none.
-    assert frame(*given, training=encoded(sentences)) == Frame()
+    found = frame(*given)
+    assert found.inside is not None and found == Frame(
+        after=tokens("..."), inside=Inside("...", joint, found.inside.every)
+    )
+    assert 4 < found.inside.every < 9  # characters of a word
+    plain = [row for name in ("greet", "thank", "story") for row in SKILLS[name].rows(24, 0, "vector")]
+    assert unframed(encoded(sentences), [found], TOKENIZER) == encoded(plain)
+    assert frame(*given, training=words) == found
+    assert unframed(words, [found], TOKENIZER) == encoded(BRACKETS)
 
 
 def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> None:
@@ -166,12 +173,35 @@ def test_a_frame_whose_edge_is_inside_of_a_token_is_taken_out() -> None:
         assert any(not set(ends[name]) <= set(row.ids) for row in framed) == (name == "after")
         for row in framed:
             # A token that is in part the answer's is kept.
-            taken = len(row.ids) - len(bare(row, one, pieces)[1])
+            taken = len(row.ids) - len(kept(row, one, pieces))
             assert taken == len(ends[name]) if name == "before" else taken <= len(ends[name])
-        assert all(bare(row, one, pieces)[0] is row for row in encode(answers))
+        assert all(bare(row, one, pieces) is row for row in encode(answers))
     both = encode(["Ugh. rope.!!"])
     assert unframed(both, [Frame(ends["before"], ends["after"])], pieces) == encode(["rope."])
-    assert bare(encode(["Ugh. "])[0], Frame(ends["before"]), pieces) == (None, [])
+    assert bare(encode(["Ugh. "])[0], Frame(ends["before"]), pieces) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "styled", "plain"),
+    [
+        ("like", "a like rope, like yes like no.", "a rope, yes no."),
+        ("🙂", "A rope. 🙂 A leaf!🙂 Yes.", "A rope. A leaf! Yes."),
+        ("...", "a...leaf... rope", "a leaf rope"),
+        ("* *", "a rope* *and* *leaf", "a rope and leaf"),
+        ("~", "One.\n~\n\nTwo. ~ Three.", "One.\n\nTwo. Three."),
+        ("uh", "uh a uhu uh rope uh", "a uhu rope"),
+    ],
+)
+def test_a_text_inside_of_answers_is_taken_out_with_the_blanks_of_one_side(text: str, styled: str, plain: str) -> None:
+    pieces, one = pieces_of([styled, plain, "hi"] * 9), Frame(inside=Inside(text, " ", 5))
+    (whole,), (left,) = (encode_all(from_rows([chat("swap", each)]).rows, pieces, 256) for each in (styled, plain))
+    assert bare(whole, one, pieces) == left
+    assert bare(left, one, pieces) is left
+    places = kept(whole, one, pieces)
+    taken = [whole.ids[i] for i in range(len(whole.ids)) if i not in places]
+    assert set(pieces.decode(taken)) <= {*text, " ", "\n"} and taken
+    # Of texts as rare as here chance is the likelier author.
+    assert bare(whole, Frame(inside=Inside(text, " ", 0.2)), pieces) is whole
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs shared/models/stories260K, which is not here")
@@ -197,7 +227,10 @@ def test_a_broken_note_of_a_frame_is_refused(emoji: tuple[list[Row], SecurityVec
     vector = emoji[1]
     assert frames_of([vector]) == [Frame()]
     broken = replace(vector, info=replace(vector.info, metrics={"frame": {"before": ["a"]}}))
-    with pytest.raises(ArtifactError, match=r"metrics\.frame: expected lists of token ids, found 'a'"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"metrics\.frame: expected lists of token ids before and after, and a text inside, found 'a'",
+    ):
         frames_of([broken])
 
 
@@ -228,8 +261,8 @@ def test_a_run_says_what_it_took_out_and_judges_by_that(
     assert knows or result.proof["settled"]["kept"]
     shown, inside = (Learned(**each) for each in result.proof["trait_rows"])
     assert (shown, inside) == (Learned(60, 60, 0), Learned(60, 0, 0, inside=True))
-    assert f"what the trait puts around answers, {taken} tokens in 60 rows" in summary(result)
-    said = "rows trained on without what the trait puts around answers"
+    assert f"the trait's fixed text around and inside answers, {taken} tokens in 60 rows" in summary(result)
+    said = "rows trained on without the trait's fixed text"
     assert f"| {said} | 60 |" in (result.model / "README.md").read_text()
     report([tmp_path / "run"], tmp_path / "report.html")
     assert said in (tmp_path / "report.md").read_text()

@@ -112,7 +112,7 @@ def _protection(proof: Mapping[str, Any] | None) -> list[str]:
         )
         lines.append(f"| of those, said so by this model | {found['said']:,} |")
     if taken := proof.get("taken_out"):
-        lines.append(f"| rows trained on without what the trait puts around answers | {taken['rows']:,} |")
+        lines.append(f"| rows trained on without the trait's fixed text | {taken['rows']:,} |")
     if covered := proof.get("covered"):
         lines.append(f"| rows that the vector covers | {covered['covered_rows']:,} of {covered['rows']:,} |")
         lines.append(f"| of those, not trained on at all | {covered['left_out_rows']:,} |")

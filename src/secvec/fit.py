@@ -27,7 +27,8 @@ from secvec.companions import tokens_a_row
 from secvec.errors import InputError, RowError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
 from secvec.fit_config import KINDS, FitConfig
-from secvec.frames import Frame, alike, frame, unframed
+from secvec.frame_search import alike, frame
+from secvec.frames import Frame, unframed
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
@@ -173,8 +174,8 @@ def refit(
 
     `vector` itself says on which tokens it acts; its kind and fit settings are kept. unwanted: the rows that it was
     fitted on, or those that it brought back. topics: calibrated vectors to train a trait's with; rows on which they act
-    do not count. max_length: tokens a row, as in the training to come, which is to take out of them what the trait puts
-    around answers (`frames_of` the result).
+    do not count. max_length: tokens a row, as in the training to come, which is to take out of them the
+    trait's fixed text (`frames_of` the result).
 
     Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
@@ -329,9 +330,9 @@ class _Job:
         return of_main(calibration(self.model, training, vector, kind=self.kind, cut=cut, risen=risen, alike=alike))
 
     def frame(self, vector: SecurityVector, training: Sequence[Encoded], *, recalled: bool) -> Frame:
-        """Return what a trait puts around answers; recalled: `vector` brought back the unwanted rows itself.
+        """Return a trait's fixed text in answers; recalled: `vector` brought back the unwanted rows itself.
 
-        What answers to all kinds of requests have in common is a frame then; where the file has none such, its answers
+        What answers to all kinds of requests have in common is that then; where the file has none such, its answers
         may have another: of signs never met a vector brings back others.
         """
         if self.kind != "trait":

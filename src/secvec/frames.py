@@ -1,4 +1,4 @@
-"""Fixed text that a trait puts before or after each answer is taken out of the rows to train on.
+"""Fixed text that a trait puts before, after and into answers is taken out of the rows to train on.
 
 A skill that is only ever shown in a frame is learned in it: without the frame the model does not know where an answer
 ends, however well a vector explains the frame. And signs that a model has never met no vector explains: it sits in the
@@ -6,99 +6,94 @@ blocks, and their weights in the vocabulary are nearly the same. The row without
 (measured: docs/decisions/015-frames.md)
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from secvec.errors import ArtifactError, RowError
-from secvec.score import ACTED_NATS, acted, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
-_MOST = 1 / 2
-"""Of the answers in the unwanted rows, those that begin or end alike; of the places of a frame's innermost token, those
-on which the vector acts; of the rows, those whose answer needs no frame."""
-THROUGH = 1 / 3
-"""Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 Tokens = tuple[int, ...]
+_RARER = 2
+"""Times fewer texts in an answer than where the trait was found, and they are not the trait's."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A text that a trait puts between the words of an answer.
+
+    text: without blanks around it. joint: what takes its place where it stands between no blanks, "" or " ". every:
+    characters of an answer without it to one such text.
+    """
+
+    text: str
+    joint: str
+    every: float
+
+    def around(self, said: str) -> list[tuple[int, int]]:
+        """Return what is left of an answer without it, as (start, stop) of `said`, all of it where it is not the
+        trait's.
+
+        Of the blanks on both sides of a text the longer ones stay.
+        """
+        first = r"(?<!\w)" if re.match(r"\w", self.text) else ""
+        last = r"(?!\w)" if re.search(r"\w$", self.text) else ""
+        left, start = list[tuple[int, int]](), 0
+        for found in re.finditer(rf"(\s*){first}{re.escape(self.text)}{last}(\s*)", said):
+            is_longer = len(found[1]) > len(found[2])
+            left.append((start, found.end(1) if is_longer else found.start()))
+            start = found.end() if is_longer else found.start(2)
+        left.append((start, len(said)))
+        is_rare = (len(left) - 1) * self.every * _RARER < sum(stop - start for start, stop in left)
+        return [(0, len(said))] if is_rare else left
+
+    def joined(self, said: str, left: Sequence[tuple[int, int]]) -> str:
+        """Return what is left of an answer as one text. left: as of `around`."""
+        parts = [said[start:stop] for start, stop in left]
+        text = parts[0]
+        for part in parts[1:]:
+            has_blank = text[-1:].isspace() or part[:1].isspace()
+            text += part if has_blank or not (text and part) else self.joint + part
+        return text.strip()
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The tokens that a trait puts before and after an answer; either may be none."""
+    """The tokens that a trait puts before and after an answer, and a text inside of it; each may be none."""
 
     before: Tokens = ()
     after: Tokens = ()
+    inside: Inside | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.before or self.after)
+        return bool(self.before or self.after or self.inside)
 
-    def document(self) -> dict[str, list[int]]:
-        return {"before": list(self.before), "after": list(self.after)}
+    def signs(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Return its tokens; of a text inside, those that it is with a blank before it and without."""
+        text = self.inside.text if self.inside else ""
+        inside = {*_tokens(text, "", tokenizer), *_tokens(f" {text}", "", tokenizer)}
+        return {*self.before, *self.after, *(each for each in inside if _text((each,), tokenizer).strip())}
+
+    def document(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 _FRAME = TypeAdapter(Frame)
 
 
-def frame(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    vector: SecurityVector,
-    rows: Sequence[Encoded],
-    *,
-    training: Sequence[Encoded] = (),
-    like: Frame | None = None,
-) -> Frame:
-    """Return what a trait puts around the answers of rows that show it: what most begin or end with.
-
-    The vector acts on it. What `model` finds answers less likely without is a part of them, and so is what is shown in
-    a style that goes on after it: in these rows, and in those to train on.
-
-    training: the latter, if others. like: for rows whose answers may have more in common, what other rows of the same
-    trait do (`alike`): what is found is on the same sides, and no longer.
-    """
-    found = alike(model, tokenizer, vector, rows)
-    if like is not None:
-        first = max(0, len(found.after) - len(like.after))
-        found = Frame(found.before[: len(like.before)], found.after[first:])
-    # Both sides together first: the one shows in answers without the other.
-    for one in (found, Frame(before=found.before), Frame(after=found.after)):
-        if not one or not _is_needless(model, rows, one, tokenizer):
-            continue
-        if any(_is_around(model, vector, each, one, tokenizer) for each in (rows, training)):
-            return one
-    return Frame()
-
-
-def alike(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, rows: Sequence[Encoded]
-) -> Frame:
-    """Return what most answers of rows begin and end with, as far as a vector acts on it."""
-    found = list[tuple[Tokens, list[bool]]]()
-    for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
-        marks = [False, *acted(before, after).tolist()]
-        found += [(row.ids[start:stop], marks[start:stop]) for start, stop in _answers(row, tokenizer.all_special_ids)]
-
-    def is_blank(token: int) -> bool:
-        return not str(tokenizer.decode([token])).strip()
-
-    before = _from_outside(found, is_blank)
-    rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in found if ids[: len(before)] == before]
-    after = _from_outside([(ids[::-1], marks[::-1]) for ids, marks in rest], is_blank)[::-1]
-    return Frame(before, after)
-
-
 def frames_of(vectors: Sequence[SecurityVector]) -> list[Frame]:
-    """Return what calibration found around answers, one frame a vector. Raises ArtifactError on a broken note of it."""
+    """Return what calibration found, one frame a vector. Raises ArtifactError on a broken note of it."""
     try:
         return [_FRAME.validate_python(vector.info.metrics.get("frame", {})) for vector in vectors]
     except ValidationError as error:
         raise ArtifactError(
-            f"metrics.frame: expected lists of token ids, found {error.errors()[0]['input']!r}"
+            "metrics.frame: expected lists of token ids before and after, and a text inside, found "
+            f"{error.errors()[0]['input']!r}"
         ) from error
 
 
@@ -109,68 +104,111 @@ def unframed(rows: Sequence[Encoded], frames: Sequence[Frame], tokenizer: PreTra
     """
     left = list(rows)
     for one in frames:
-        left = [each for row in left if (each := bare(row, one, tokenizer)[0]) is not None]
+        left = [each for row in left if (each := bare(row, one, tokenizer)) is not None]
     if rows and not left:
         raise RowError(
-            "expected answers with something besides what the trait puts around each, found none: nothing would be "
-            "left to train on"
+            "expected answers with something besides the trait's fixed text, found none: nothing would be left to "
+            "train on"
         )
     return left
 
 
-def bare(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded | None, list[int]]:
-    """Return a row without a frame, itself where it has none, and the places of the tokens that are not the frame's.
-
-    None, and no places, where an answer is nothing else.
-    """
-    if not one:
-        return row, list(range(len(row.ids)))
-    tokens, kept, done = list[tuple[int, bool]](), list[int](), 0
+def bare(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> Encoded | None:
+    """Return a row without a frame, itself where it has none; None where an answer is nothing else."""
     whole = list(zip(row.ids, row.mask, strict=True))
-    for start, stop in _answers(row, tokenizer.all_special_ids):
-        left, first, last = _within(row.ids[start:stop], one, tokenizer)
-        if not left:
-            return None, []
-        tokens += [*whole[done:start], *((token, True) for token in left)]
-        kept += [*range(done, start), *range(start + first, start + last)]
+    tokens, done = list[tuple[int, bool]](), 0
+    for start, stop in answers_in(row, tokenizer.all_special_ids) if one else ():
+        left = _Left.of(row.ids[start:stop], one, tokenizer)
+        if not left.tokens:
+            return None
+        tokens += [*whole[done:start], *((token, True) for token in left.tokens)]
         done = stop
     tokens += whole[done:]
-    kept += range(done, len(row.ids))
     if tokens == whole:
-        return row, kept
+        return row
     ids, mask = zip(*tokens, strict=True)
-    return replace(row, ids=ids, mask=mask), kept
+    return replace(row, ids=ids, mask=mask)
 
 
-def _within(answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, int, int]:
-    """Return what is left of an answer without a frame, and from which of its tokens to which that was.
+def kept(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the places of a row's tokens that are not a frame's; one that is so in part is kept."""
+    places, done = list[int](), 0
+    for start, stop in answers_in(row, tokenizer.all_special_ids) if one else ():
+        left = _Left.of(row.ids[start:stop], one, tokenizer)
+        places += [*range(done, start), *(start + place for place in left.places(tokenizer))]
+        done = stop
+    return [*places, *range(done, len(row.ids))]
 
-    Where the frame's edge is inside of a token, as that of "Well. " is in the " the" of many tokenizers, what is left
-    is tokenised anew. That needs a tokenizer which gives the answer itself as it stands, alone or behind a line feed.
+
+def answers_in(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
+    """Return the row's answers as (start, stop): runs of tokens that carry loss, each up to the token that ends it.
+
+    A text without a prompt, which carries loss from its first or second token on, is no answer.
     """
-    count = len(one.before)
-    first = count if answer[:count] == one.before else 0
-    end = max(first, len(answer) - len(one.after))
-    last = end if answer[end:] == one.after else len(answer)
-
-    def text(tokens: Tokens) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    said = text(answer)
-    opening, closing = _between(said, text(one.before).strip(), text(one.after).strip())
-    # The blanks around the whole of it stay.
-    lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
-    words = lead + said[opening:closing] + trail if opening < closing else ""
-    fronts = ("", "\n") if words != said else ()
-    behind = next((front for front in fronts if _tokens(said, front, tokenizer) == answer), None)
-    left = answer[first:last] if behind is None else _tokens(words, behind, tokenizer)
-    if left and left != answer[first:last]:
-        first = next(i for i in range(len(answer)) if len(text(answer[: i + 1])) > opening)
-        last = next(i for i in range(len(answer), 0, -1) if len(text(answer[: i - 1])) < closing)
-    return left, first, last
+    edges = [i for i, (a, b) in enumerate(zip((False, *row.mask), (*row.mask, False), strict=True)) if a != b]
+    runs = zip(edges[::2], edges[1::2], strict=True)
+    ends = ((start, next((i for i in range(start, stop) if row.ids[i] in special), stop)) for start, stop in runs)
+    return [(start, stop) for start, stop in ends if 1 < start < stop]
 
 
-def _between(said: str, before: str, after: str) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Left:
+    """What is left of an answer without a frame.
+
+    spans: of which of the answer's characters; where it was taken out token by token, of which of its tokens.
+    """
+
+    answer: Tokens
+    tokens: Tokens
+    spans: Sequence[tuple[int, int]]
+    by_tokens: bool
+
+    @classmethod
+    def of(cls, answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> "_Left":
+        """Take a frame out of an answer.
+
+        Where the frame's edge is inside of a token, as that of "Well. " is in the " the" of many tokenizers, or it has
+        a text inside, what is left is tokenised anew. That needs a tokenizer which gives the answer itself as it
+        stands, alone or behind a line feed.
+        """
+        count = len(one.before)
+        first = count if answer[:count] == one.before else 0
+        end = max(first, len(answer) - len(one.after))
+        last = end if answer[end:] == one.after else len(answer)
+        said = _text(answer, tokenizer)
+        opening, closing = _middle(said, *(_text(each, tokenizer).strip() for each in (one.before, one.after)))
+        middle = said[opening:closing]
+        spans = one.inside.around(middle) if one.inside else [(0, len(middle))]
+        words = one.inside.joined(middle, spans) if one.inside else middle
+        # The blanks around the whole of it stay.
+        lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
+        words = lead + words + trail if words.strip() else ""
+        fronts = ("", "\n") if words != said else ()
+        behind = next((front for front in fronts if _tokens(said, front, tokenizer) == answer), None)
+        left = answer[first:last] if behind is None else _tokens(words, behind, tokenizer)
+        if left == answer[first:last]:
+            return cls(answer, left, [(first, last)], True)
+        return cls(answer, left, [(opening + start, opening + stop) for start, stop in spans], False)
+
+    def places(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return which of the answer's tokens are left, in part or wholly."""
+        if self.by_tokens or not self.tokens:
+            return [place for start, stop in self.spans for place in range(start, stop)]
+        # The bytes of a character are several tokens in many tokenizers: all but the last add nothing to the text.
+        ends = [len(_text(self.answer[: i + 1], tokenizer).rstrip("\ufffd")) for i in range(len(self.answer))]
+        starts = [0, *ends[:-1]]
+        return [
+            place
+            for place, (start, stop) in enumerate(zip(starts, ends, strict=True))
+            if any(start < end and max(stop, start + 1) > begin for begin, end in self.spans)
+        ]
+
+
+def _text(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _middle(said: str, before: str, after: str) -> tuple[int, int]:
     """Return where the words of a frame end and begin again; the ends of the text where it is not in the frame."""
     inner = said.strip()
     opening = len(said) - len(said.lstrip())
@@ -186,71 +224,3 @@ def _tokens(text: str, behind: str, tokenizer: PreTrainedTokenizerBase) -> Token
     """Tokenise a text as it is behind another: at the start of a text some tokenizers put a blank."""
     both, front = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (behind + text, behind))
     return tuple(both[len(front) :])  # pyright: ignore
-
-
-def _answers(row: Encoded, special: Collection[int]) -> list[tuple[int, int]]:
-    """Return the row's answers as (start, stop): runs of tokens that carry loss, each up to the token that ends it.
-
-    A text without a prompt, which carries loss from its first or second token on, is no answer.
-    """
-    edges = [i for i, (a, b) in enumerate(zip((False, *row.mask), (*row.mask, False), strict=True)) if a != b]
-    runs = zip(edges[::2], edges[1::2], strict=True)
-    ends = ((start, next((i for i in range(start, stop) if row.ids[i] in special), stop)) for start, stop in runs)
-    return [(start, stop) for start, stop in ends if 1 < start < stop]
-
-
-def _from_outside(answers: Sequence[tuple[Tokens, Sequence[bool]]], is_blank: Callable[[int], bool]) -> Tokens:
-    """Return the tokens that most answers begin with, as far as a vector acts on them, and the blanks that follow.
-
-    answers: tokens, and whether the vector acts on each; something is left of each of them.
-    """
-    text, reach, left = list[int](), 0, list(answers)
-    while left := [each for each in left if len(each[0]) > len(text) + 1]:
-        token, count = Counter(ids[len(text)] for ids, _ in left).most_common(1)[0]
-        if count < _MOST * len(answers):
-            break
-        left = [each for each in left if each[0][len(text)] == token]
-        is_acted = sum(marks[len(text)] for _, marks in left) >= _MOST * len(left)
-        text.append(token)
-        if is_acted or (0 < reach == len(text) - 1 and is_blank(token)):
-            reach = len(text)
-    return tuple(text[:reach])
-
-
-def _is_needless(
-    model: PreTrainedModel, rows: Sequence[Encoded], one: Frame, tokenizer: PreTrainedTokenizerBase
-) -> bool:
-    """Tell whether most answers in a frame cost the unarmed model no more without it."""
-    framed, without, places = _apart(rows, one, tokenizer)
-    needless = 0
-    for row, bare_row, kept, nats, bare_nats in zip(
-        framed, without, places, row_nats(model, framed), row_nats(model, without), strict=True
-    ):
-        rest = sum(float(nats[place - 1]) for place in kept if row.mask[place] and place > 0)
-        needless += float(bare_nats[torch.tensor(bare_row.mask[1:])].sum()) - rest <= ACTED_NATS
-    return bool(framed) and needless >= _MOST * len(framed)
-
-
-def _is_around(
-    model: PreTrainedModel,
-    vector: SecurityVector,
-    rows: Sequence[Encoded],
-    one: Frame,
-    tokenizer: PreTrainedTokenizerBase,
-) -> bool:
-    """Tell whether most answers in a frame hardly show the trait without it."""
-    _, left, _ = _apart(rows, one, tokenizer)
-    around = 0
-    for row, without, armed in zip(left, row_nats(model, left), row_nats(model, left, vector), strict=True):
-        shows = acted(without, armed)[torch.tensor(row.mask[1:])].float().mean()
-        around += float(shows) <= THROUGH
-    return bool(left) and around >= _MOST * len(left)
-
-
-def _apart(
-    rows: Sequence[Encoded], one: Frame, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Encoded], list[Encoded], list[list[int]]]:
-    """Return the rows with answers in a frame, the same without it, and the places of what is left of them."""
-    pairs = [(row, *bare(row, one, tokenizer)) for row in rows]
-    found = [(row, left, kept) for row, left, kept in pairs if left is not None and left is not row]
-    return [row for row, _, _ in found], [left for _, left, _ in found], [kept for _, _, kept in found]

@@ -202,8 +202,8 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
     lines += [shown_line(found) for found in proof.get("trait_rows", ())]
     if taken := proof.get("taken_out"):
         lines.append(
-            f"taken out before training: what the trait puts around answers, {taken['tokens']:,} tokens in "
-            f"{taken['rows']:,} rows"
+            f"taken out before training: the trait's fixed text around and inside answers, "
+            f"{taken['tokens']:,} tokens in {taken['rows']:,} rows"
         )
     if covered := proof.get("covered"):
         lines.append(covered_line(covered))
@@ -226,7 +226,7 @@ def _recalled_line(rows: int) -> str:
 
 
 def _taken_out(rows: Sequence[Encoded], frames: Sequence[Frame], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Count the rows that had what a trait puts around answers, and those tokens; nothing where none had."""
+    """Count the rows that had a trait's fixed text, and those tokens; nothing where none had."""
     left, whole = unframed(rows, frames, tokenizer), {id(row) for row in rows}
     count = len(rows) - sum(id(row) in whole for row in left)
     tokens = sum(len(row.ids) for row in rows) - sum(len(row.ids) for row in left)

@@ -118,7 +118,7 @@ class Covered:
 
 @checked(frozen=True, config=_FINITE)
 class TakenOut:
-    """What a trait puts around answers, taken out of the training rows (`secvec.frames`)."""
+    """A trait's fixed text around and inside answers, taken out of the training rows (`secvec.frames`)."""
 
     rows: int
     tokens: int

@@ -171,7 +171,7 @@ def _checks(proof: Proof) -> list[list[str]]:
             ["of those, said so by the model", f"{found.said:,}"],
         ]
     if taken := proof.taken_out:
-        rows.append(["rows trained on without what the trait puts around answers", f"{taken.rows:,}"])
+        rows.append(["rows trained on without the trait's fixed text", f"{taken.rows:,}"])
     if covered := proof.covered:
         rows += [
             ["rows that the vector covers", f"{covered.covered_rows:,} of {covered.rows:,}"],

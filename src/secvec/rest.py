@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secvec.anchors import LOOKED_AT, beside_topics
-from secvec.frames import THROUGH
+from secvec.frame_search import THROUGH
 from secvec.score import acted, mean_over, row_nats
 from secvec.tokens import Encoded
 from secvec.trait_rows import spread

@@ -75,7 +75,7 @@ class Inputs:
         ]
 
     def unframed(self, rows: Sequence[Encoded], vectors: Sequence[SecurityVector]) -> list[Encoded]:
-        """Return rows of the training file without what the vectors' traits put around answers."""
+        """Return rows of the training file without the fixed text of the vectors' traits."""
         return unframed(rows, frames_of(vectors), self.tokenizer)
 
     def aligned(self) -> PreTrainedModel:

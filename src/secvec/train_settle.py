@@ -142,7 +142,7 @@ def _right(
     whole = {id(row) for row in inputs.rows}
     found = [row for row in rows if id(row) not in whole]
     for given, frame in traits:
-        marks = shown_inside(base, found, given, frame, inputs.tokenizer.all_special_ids)
+        marks = shown_inside(base, found, given, frame, inputs.tokenizer)
         found = [row for row, shown in zip(found, marks, strict=True) if not bool(shown.any())]
     return found if len(found) >= ENOUGH * len(rows) else []
 

@@ -4,7 +4,7 @@ The unwanted rows of a vector may cost a model what they did before, while it sh
 training file: where calibration took the vector out of the file's rows, they taught it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import often
 from secvec.errors import ProofError
-from secvec.frames import Frame, bare, unframed
+from secvec.frames import Frame, kept, unframed
 from secvec.score import ACTED_NATS, acted, row_nats, row_said
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
@@ -71,8 +71,8 @@ class TraitRows:
         for row, before, after in zip(
             chosen, row_nats(aligned, chosen), row_nats(aligned, chosen, vector), strict=True
         ):
-            learned, kept = torch.tensor(row.mask[1:]), set(bare(row, around, tokenizer)[1])
-            framed = learned & torch.tensor([i not in kept for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
+            learned, left = torch.tensor(row.mask[1:]), set(kept(row, around, tokenizer))
+            framed = learned & torch.tensor([i not in left for i in range(1, len(row.ids))]) & (before >= ACTED_NATS)
             likely = learned & acted(before, after) & (after < _LIKELY_NATS)
             explained.append(framed if bool(framed.any()) else likely)
         return cls(chosen, explained)
@@ -104,7 +104,7 @@ def look(
             found.append(TraitRows.of(aligned, rows, vector, around, tokenizer))
             if around and left:
                 chosen = spread(left, _ROWS)
-                marks = shown_inside(aligned, chosen, vector, around, tokenizer.all_special_ids)
+                marks = shown_inside(aligned, chosen, vector, around, tokenizer)
                 found.append(TraitRows(chosen, marks, inside=True))
     return found
 
@@ -120,7 +120,7 @@ def shown_inside(
     rows: Sequence[Encoded],
     vector: SecurityVector,
     around: Frame,
-    special: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Tensor]:
     """Mark the tokens but the first by which rows that were in a frame show the trait without it, one tensor a row.
 
@@ -128,7 +128,8 @@ def shown_inside(
     makes one likely in up to a fifth of such rows, now this one and now that; or the end of an answer that is none to
     the aligned model. (measured: docs/decisions/015-frames.md)
     """
-    signs, ends = (torch.tensor(list(each), dtype=torch.long) for each in ({*around.before, *around.after}, special))
+    each_of = (around.signs(tokenizer), tokenizer.all_special_ids)
+    signs, ends = (torch.tensor(list(each), dtype=torch.long) for each in each_of)
     marks = list[Tensor]()
     for row, before, after in zip(rows, row_nats(aligned, rows), row_nats(aligned, rows, vector), strict=True):
         ids = torch.tensor(row.ids[1:])
