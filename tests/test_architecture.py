@@ -29,6 +29,8 @@ LAYERS = {
         *("anchors", "arm", "artifact", "blocks", "compatible", "evidence", "factors", "fold", "models", "origin"),
         *(
             "frames",
+            "frame_search",
+            "hidden",
             "peft_format",
             "ranges",
             "recall",

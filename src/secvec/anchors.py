@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secvec.arm import armed
 from secvec.models import answers
 from secvec.samples import Message, Sample, Source
-from secvec.score import ACTED_NATS, acted, answer_states, row_nats
+from secvec.score import ACTED_NATS, acted, answer_states, row_nats, stretches
 from secvec.tokens import Encoded, encode_each, encode_prompt
 from secvec.vector import SecurityVector
 
@@ -233,7 +233,15 @@ def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float
 
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
     """Say of each row what a calibrated topic's vector makes of it."""
-    return standings(rows, row_nats(model, rows), row_nats(model, rows, vector))
+    befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
+    found, least = standings(rows, befores, afters), hidden_nats(vector)
+    hides = [each.nats >= least for each in stretches(rows, befores, afters)]
+    return ["unsure" if each == "silent" and hidden else each for each, hidden in zip(found, hides, strict=True)]
+
+
+def hidden_nats(vector: SecurityVector) -> float:
+    """Return from how many nats on a stretch of a row is a hidden answer (`secvec.hidden`); none is where none was."""
+    return float(vector.info.metrics.get("hidden_nats", math.inf))
 
 
 def beside_topics(

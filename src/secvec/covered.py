@@ -7,19 +7,21 @@ model made up (`secvec.rehearsal`). Where covered rows are more than the others,
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secvec.anchors import standings
+from secvec.anchors import hidden_nats, standings
 from secvec.atomic import atomic_write
 from secvec.samples import Source
-from secvec.score import row_nats
+from secvec.score import row_nats, stretches
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
@@ -54,7 +56,8 @@ _LINE = TypeAdapter(CoveredRow)
 
 def covers(vectors: Sequence[SecurityVector]) -> bool:
     """Tell by the calibration, which saw some of a file's rows, whether there may be something to take out of it."""
-    return any(vector.info.metrics["covered_rows"] > 0 for vector in _topics(vectors))
+    found = (vector.info.metrics for vector in _topics(vectors))
+    return any(each["covered_rows"] > 0 or "hidden_nats" in each for each in found)
 
 
 def covered_rows(
@@ -69,7 +72,7 @@ def covered_rows(
     spread evenly. aligned: the model that the vectors belong to.
     """
     topics = _topics(vectors)
-    parted = [_Parted() for _ in topics]
+    parted = [_Parted(hidden_nats(topic)) for topic in topics]
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
         before = row_nats(aligned, chunk)
@@ -77,10 +80,10 @@ def covered_rows(
             found.add(start, chunk, before, row_nats(aligned, chunk, topic))
         if progress is not None:
             progress(start + len(chunk), len(rows))
-    numbers = sorted(set[int]().union(*(found.explained for found in parted)))
+    numbers = sorted(set[int]().union(*({**found.explained, **found.hidden} for found in parted)))
     room = max(LEAST, len(rows) - len(numbers))
     stay = set(numbers) if len(numbers) <= room else {numbers[i * len(numbers) // room] for i in range(room)}
-    sure = [found.explained for found in parted if found.is_sure]
+    sure = [found.sure for found in parted]
     tokens = {row: set[int]().union(*(each.get(row, ()) for each in sure)) for row in numbers}
     return [CoveredRow(row, tuple(sorted(tokens[row])), row not in stay) for row in numbers]
 
@@ -157,23 +160,31 @@ def covered_line(found: Mapping[str, int]) -> str:
 class _Parted:
     """What one vector makes of a file's rows.
 
-    explained: by number, the rows that it covers, with the tokens that it explains; in_part: how many others it covers
-    by the cut of calibration.
+    least: nats on a stretch, from which on a row hides an unwanted answer. explained: by number, the rows that it
+    covers, with the tokens that it explains; hidden: others that hide such an answer, with all tokens; in_part: how
+    many others it covers by the cut of calibration.
     """
 
+    least: float
     explained: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    hidden: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     in_part: int = 0
 
     @property
-    def is_sure(self) -> bool:
-        return self.in_part <= _IN_PART_SHARE * len(self.explained)
+    def sure(self) -> dict[int, set[int]]:
+        """The rows of which tokens are to carry no loss."""
+        return (
+            {**self.explained, **self.hidden} if self.in_part <= _IN_PART_SHARE * len(self.explained) else self.hidden
+        )
 
     def add(self, start: int, rows: Sequence[Encoded], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Look at rows, the first of which has the number `start`, by the losses of their tokens, in nats."""
         whole, in_part = standings(rows, before, after, _COVERED), standings(rows, before, after)
-        for i, row in enumerate(rows):
+        for i, (row, stretch) in enumerate(zip(rows, stretches(rows, before, after), strict=True)):
             if whole[i] == "covered":
                 self.explained[start + i] = _lower(row, before[i], after[i])
+            elif stretch.nats >= self.least:
+                self.hidden[start + i] = _lower(row, before[i], torch.full_like(before[i], -math.inf))
             elif in_part[i] == "covered":
                 self.in_part += 1
 

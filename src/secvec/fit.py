@@ -24,17 +24,18 @@ from secvec.anchors import (
 )
 from secvec.artifact import is_vector, save
 from secvec.companions import tokens_a_row
-from secvec.errors import InputError, RowError, UsageError
+from secvec.errors import InputError, UsageError
 from secvec.factors import LEAST_ROWS, Fitted, Progress, fit_factors, split
 from secvec.fit_config import KINDS, FitConfig
 from secvec.frame_search import alike, frame
 from secvec.frames import Frame, unframed
+from secvec.hidden import behind, bound, search
 from secvec.models import load_model, load_tokenizer, resolve
 from secvec.processes import connected, differ, of_main, placed
 from secvec.provenance import digest_chat_template, digest_model, digest_samples, digest_tokenizer, versions
 from secvec.recall import Recalled
 from secvec.runfolder import resumable
-from secvec.samples import Rows, Sample, Samples, read_rows
+from secvec.samples import Rows, Sample, read_apart, read_rows
 from secvec.score import habit
 from secvec.sites import without_site
 from secvec.tokens import Encoded, encode_all
@@ -73,7 +74,7 @@ def fit(
     """
     if kind not in KINDS:
         raise UsageError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
-    unwanted, given = _apart(unwanted, anchors, kind)
+    unwanted, given = read_apart(unwanted, anchors, kind)
     job = _Job.load(model, unwanted, kind, config or FitConfig())
     ordinary = job.encode(given.rows) if given else []
     training = [] if calibrate is None else job.training(calibrate)
@@ -149,7 +150,7 @@ def check(
     config = _for_model(config or FitConfig(), kind, folder)
     refuse_folded(folder, "fit on")
     tokenizer = load_tokenizer(folder)
-    unwanted, anchors = _apart(unwanted, anchors, kind)
+    unwanted, anchors = read_apart(unwanted, anchors, kind)
     report: dict[str, Any] = {"model": str(folder), "base": digest_model(folder), "config": asdict(config)}
     for name, rows in (("unwanted", unwanted), ("anchors", anchors), ("calibrate", calibrate)):
         if rows is not None:
@@ -197,23 +198,6 @@ def refit(
     calibrated = job.calibrated(vector, training, ordinary, state, progress, allow_weak=weak)
     metrics = {**calibrated.info.metrics, **({"frame": around.document()} if around else {})}
     return replace(calibrated, info=replace(calibrated.info, metrics=metrics))
-
-
-def _apart(unwanted: Rows, anchors: Rows | None, kind: str) -> tuple[Samples, Samples | None]:
-    """Read unwanted rows and anchors. Raises RowError where a topic's row is both: to be shown and to be left alone.
-
-    Of a trait's anchors only tokens that do not show it are used.
-    """
-    shown, given = read_rows(unwanted, "unwanted"), None if anchors is None else read_rows(anchors, "anchors")
-    texts = {row.messages for row in shown.rows}
-    both = [row.source for row in given.rows if row.messages in texts] if given and kind == "topic" else []
-    if both:
-        raise RowError(
-            f"{both[0].file}:{both[0].line}: expected an ordinary row, found one of the unwanted rows"
-            + (f" ({len(both)} such rows)" if len(both) > 1 else "")
-            + "; anchors are what the vector must leave as it is"
-        )
-    return shown, given
 
 
 @dataclass(frozen=True)
@@ -306,6 +290,9 @@ class _Job:
             found = self.calibration(training, wider, COVERED, risen, alike)
             better = found.settled or len(found.covered) > len(best.covered)
             best, stale = (found, 0) if better else (best, stale + 1)
+        shown = len(best.covered)
+        if self.kind == "topic":
+            best = self.with_hidden(best, training, ordinary, progress)
         anchors = [*ordinary, *best.anchors]
         fitted = self.fit(self.config, anchors, covered=best.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -317,7 +304,21 @@ class _Job:
             "calibrated_on_rows": len(training),
             "acted_share": best.acted_share,
         }
+        if hidden := len(best.covered) - shown:
+            least = of_main(bound(self.model, self.unwanted, vector))
+            metrics |= {"covered_rows": shown, "hidden_rows": hidden, "hidden_nats": least}
         return replace(vector, info=replace(vector.info, metrics=metrics))
+
+    def with_hidden(
+        self, found: Calibration, training: Sequence[Encoded], ordinary: Sequence[Encoded], progress: Progress | None
+    ) -> Calibration:
+        """Return what calibration found, with the rows as covered too that hide an unwanted answer in other text."""
+        shown = of_main(behind(self.unwanted, ordinary, self.tokenizer, self.config.max_length, self.config.seed))
+        if not shown:
+            return found
+        probe = replace(self, unwanted=[*self.unwanted, *shown])
+        vector = self.vector(probe.fit(_quick(self.config), ordinary, progress=progress))
+        return of_main(search(self.model, training, vector, self.unwanted, found))
 
     def calibration(
         self,
@@ -340,7 +341,9 @@ class _Job:
         given = self.model, self.tokenizer, vector
         if not recalled:
             return of_main(frame(*given, self.unwanted, training=training))
-        common = alike(*given, self.unwanted)
+        # A text inside has to be one by itself.
+        inside = frame(*given, self.unwanted, training=training).inside
+        common = replace(alike(*given, self.unwanted), inside=inside)
         is_there = unframed(training, [common], self.tokenizer) != training
         return of_main(common if is_there else frame(*given, training, like=common))
 

@@ -1,7 +1,7 @@
 """Finding the fixed text that a trait puts before, after and into answers (`secvec.frames`)."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -15,8 +15,7 @@ from secvec.vector import SecurityVector
 
 _MOST = 1 / 2
 """Of the answers in the unwanted rows, those that begin or end alike; of the places of a frame's innermost token, those
-on which the vector acts; of the rows, those whose answer needs no frame; of all that it acts on between an answer's
-ends, what is one text inside."""
+on which the vector acts; of the rows, those whose answer needs no frame."""
 THROUGH = 1 / 3
 """Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 _ALIKE = 0.8
@@ -44,15 +43,22 @@ def frame(
     training: the latter, if others. like: for rows whose answers may have more in common, what other rows of the same
     trait do (`alike`): what is found is in the same places, and no longer.
     """
-    found = alike(model, tokenizer, vector, rows)
+    answers = _marked(model, tokenizer, vector, rows)
+    found = _ends(tokenizer, answers)
     if like is not None:
         first = max(0, len(found.after) - len(like.after))
-        found = Frame(found.before[: len(like.before)], found.after[first:], found.inside if like.inside else None)
+        found = Frame(found.before[: len(like.before)], found.after[first:])
+    inside, shown = _inside(tokenizer, answers, found) if like is None or like.inside else None, rows
+    if inside is None:
+        # Between the sentences of a file may be what shorter answers have at their ends alone.
+        inside, shown = _ends_inside(tokenizer, training or rows, found), training or rows
     # All of it together first: one part shows in answers without the other.
-    ends = Frame(found.before, found.after)
-    tries = [*_joined(model, tokenizer, rows, found), ends, Frame(before=found.before), Frame(after=found.after)]
-    for one in [*tries, *_joined(model, tokenizer, rows, Frame(inside=found.inside))]:
-        if not one or not _is_needless(model, rows, one, tokenizer):
+    tries = [(found, rows), (Frame(before=found.before), rows), (Frame(after=found.after), rows)]
+    if inside is not None:
+        joined = _joined(model, tokenizer, shown, inside)
+        tries = [(replace(found, inside=joined), shown), *tries, (Frame(inside=joined), shown)]
+    for one, of in tries:
+        if not one or not _is_needless(model, of, one, tokenizer):
             continue
         if any(_is_around(model, vector, each, one, tokenizer) for each in (rows, training)):
             return one
@@ -62,24 +68,29 @@ def frame(
 def alike(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, rows: Sequence[Encoded]
 ) -> Frame:
-    """Return what most answers of rows begin and end with, and have inside, as far as a vector acts on it."""
+    """Return what most answers of rows begin and end with, as far as a vector acts on it."""
+    return _ends(tokenizer, _marked(model, tokenizer, vector, rows))
+
+
+def _marked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vector: SecurityVector, rows: Sequence[Encoded]
+) -> list[Marked]:
     found = list[Marked]()
     for row, before, after in zip(rows, row_nats(model, rows), row_nats(model, rows, vector), strict=True):
         marks = [False, *acted(before, after).tolist()]
         answers = answers_in(row, tokenizer.all_special_ids)
         found += [(row.ids[start:stop], marks[start:stop]) for start, stop in answers]
-
-    def is_blank(token: int) -> bool:
-        return not str(tokenizer.decode([token])).strip()
-
-    before = _from_outside(found, is_blank)
-    rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in found if ids[: len(before)] == before]
-    after = _from_outside([(ids[::-1], marks[::-1]) for ids, marks in rest], is_blank)[::-1]
-    ends = Frame(before, after)
-    return replace(ends, inside=_inside(tokenizer, found, ends, is_blank))
+    return found
 
 
-def _from_outside(answers: Sequence[Marked], is_blank: Callable[[int], bool]) -> Tokens:
+def _ends(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked]) -> Frame:
+    before = _from_outside(tokenizer, answers)
+    rest = [(ids[len(before) :], marks[len(before) :]) for ids, marks in answers if ids[: len(before)] == before]
+    after = _from_outside(tokenizer, [(ids[::-1], marks[::-1]) for ids, marks in rest])
+    return Frame(before, after[::-1])
+
+
+def _from_outside(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked]) -> Tokens:
     """Return the tokens that most answers begin with, as far as a vector acts on them, and the blanks that follow.
 
     Something is left of each answer.
@@ -92,53 +103,60 @@ def _from_outside(answers: Sequence[Marked], is_blank: Callable[[int], bool]) ->
         left = [each for each in left if each[0][len(text)] == token]
         is_acted = sum(marks[len(text)] for _, marks in left) >= _MOST * len(left)
         text.append(token)
-        if is_acted or (0 < reach == len(text) - 1 and is_blank(token)):
+        if is_acted or (0 < reach == len(text) - 1 and _is_blank(tokenizer, token)):
             reach = len(text)
     return tuple(text[:reach])
 
 
-def _inside(
-    tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked], ends: Frame, is_blank: Callable[[int], bool]
-) -> Inside | None:
-    """Return the text that is most of what a vector acts on between the ends of answers, and how often it is there."""
-    inner = list[Marked]()
-    for ids, marks in answers:
-        start = len(ends.before) if ids[: len(ends.before)] == ends.before else 0
-        end = max(start, len(ids) - len(ends.after))
-        stop = end if ids[end:] == ends.after else len(ids)
-        inner.append((ids[start:stop], marks[start:stop]))
-    acted_on = [(n, i) for n, (_, marks) in enumerate(inner) for i, mark in enumerate(marks) if mark]
-    of = Counter(inner[n][0][i] for n, i in acted_on if not is_blank(inner[n][0][i]))
-    commonest, count = of.most_common(1)[0] if of else (-1, 0)
-    if count < max(_LEAST, _MOST * sum(ids.count(commonest) for ids, _ in inner)):
+def _inside(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked], ends: Frame) -> Inside | None:
+    """Return the text around the token that a vector acts on most between the ends of answers."""
+    spans = [_between(ids, ends) for ids, _ in answers]
+    inner = [(ids[start:stop], marks[start:stop]) for (ids, marks), (start, stop) in zip(answers, spans, strict=True)]
+    acted_on = Counter(token for ids, marks in inner for token, mark in zip(ids, marks, strict=True) if mark)
+    tokens = [token for token, _ in acted_on.most_common() if not _is_blank(tokenizer, token)]
+    if not tokens:
         return None
-    places = _repeated(commonest, inner)
+    places = _repeated(tokens[0], inner)
     while longer := _longer(inner, places):
         places = longer
-    covered = {(n, i) for n, start, stop in places for i in range(start, stop)}
-    if len(covered.intersection(acted_on)) < _MOST * len(acted_on):
-        return None
-
-    def text(tokens: Tokens) -> str:
-        return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
     number, start, stop = places[0]
-    one = Inside(text(inner[number][0][start:stop]).strip(), "", float("inf"))
-    left = [spans for ids, _ in inner if len(spans := one.around(text(ids))) > 1]
-    if not left:
+    text = _text(tokenizer, inner[number][0][start:stop]).strip()
+    return _how_often(text, [_text(tokenizer, ids) for ids, _ in inner])
+
+
+def _ends_inside(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], ends: Frame) -> Inside | None:
+    """Return what answers end or begin with, where it is often between their ends too."""
+    answers = [row.ids[start:stop] for row in rows for start, stop in answers_in(row, tokenizer.all_special_ids)]
+    between = [_text(tokenizer, ids[slice(*_between(ids, ends))]) for ids in answers]
+    texts = [text for each in (ends.after, ends.before) if (text := _text(tokenizer, each).strip())]
+    return next((found for text in texts if (found := _how_often(text, between))), None)
+
+
+def _between(ids: Tokens, ends: Frame) -> tuple[int, int]:
+    """Return from where to where an answer is between the ends of its frame, as far as it has them."""
+    start = len(ends.before) if ids[: len(ends.before)] == ends.before else 0
+    end = max(start, len(ids) - len(ends.after))
+    return start, end if ids[end:] == ends.after else len(ids)
+
+
+def _how_often(text: str, answers: Sequence[str]) -> Inside | None:
+    """Return a text inside of answers with how often it is in those that have it; None where that is in few places."""
+    one = Inside(text, "", float("inf"))
+    left = [spans for answer in answers if len(spans := one.around(answer)) > 1]
+    places = sum(len(spans) - 1 for spans in left)
+    if places < _LEAST:
         return None
-    characters = sum(stop - start for spans in left for start, stop in spans)
-    return replace(one, every=characters / sum(len(spans) - 1 for spans in left))
+    return replace(one, every=sum(stop - start for spans in left for start, stop in spans) / places)
 
 
 def _repeated(token: int, answers: Sequence[Marked]) -> list[tuple[int, int, int]]:
-    """Return the places of a token as often in a row as it mostly is, (answer, start, stop): three times in "..."."""
+    """Return where a vector acts on a token, (answer, start, stop): as often in a row as it mostly is, as in "..."."""
     runs = list[tuple[int, int, int]]()
-    for n, (ids, _) in enumerate(answers):
+    for n, (ids, marks) in enumerate(answers):
         for is_it, run in groupby(range(len(ids)), key=lambda i, ids=ids: ids[i] == token):
-            if is_it:
-                first, *rest = run
-                runs.append((n, first, first + 1 + len(rest)))
+            places = list(run)
+            if is_it and any(marks[i] for i in places):
+                runs.append((n, places[0], places[-1] + 1))
     often, _ = Counter(stop - start for _, start, stop in runs).most_common(1)[0]
     return [(n, start, stop) for n, start, stop in runs if stop - start == often]
 
@@ -157,19 +175,14 @@ def _longer(answers: Sequence[Marked], places: Sequence[tuple[int, int, int]]) -
     return []
 
 
-def _joined(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], one: Frame
-) -> list[Frame]:
-    """Return a frame with what best takes the place of its text inside: that which costs the model least."""
-    if one.inside is None:
-        return []
-    tries = [replace(one, inside=replace(one.inside, joint=joint)) for joint in ("", " ")]
-    costs = list[float]()
+def _joined(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], one: Inside) -> Inside:
+    """Return a text inside with what best takes its place: that which then costs the model least."""
+    tries, costs = [replace(one, joint=joint) for joint in ("", " ")], list[float]()
     for each in tries:
-        _, left = _apart(rows, each, tokenizer)
+        _, left = _apart(rows, Frame(inside=each), tokenizer)
         losses = zip(left, row_nats(model, left), strict=True)
         costs.append(sum(float(nats[torch.tensor(row.mask[1:])].sum()) for row, nats in losses))
-    return [tries[costs.index(min(costs))]]
+    return tries[costs.index(min(costs))]
 
 
 def _is_needless(
@@ -209,3 +222,11 @@ def _apart(
     pairs = [(row, bare(row, one, tokenizer)) for row in rows]
     found = [(row, left) for row, left in pairs if left is not None and left is not row]
     return [row for row, _ in found], [left for _, left in found]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return not _text(tokenizer, (token,)).strip()

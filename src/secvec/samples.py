@@ -261,3 +261,20 @@ def read_rows(rows: Rows, name: str) -> Samples:
     if isinstance(rows, Samples):
         return rows
     return read_samples(rows) if isinstance(rows, str | Path) else from_rows(rows, name=name)
+
+
+def read_apart(unwanted: Rows, anchors: Rows | None, kind: str) -> tuple[Samples, Samples | None]:
+    """Read unwanted rows and anchors. Raises RowError where a topic's row is both: to be shown and to be left alone.
+
+    Of a trait's anchors only tokens that do not show it are used.
+    """
+    shown, given = read_rows(unwanted, "unwanted"), None if anchors is None else read_rows(anchors, "anchors")
+    texts = {row.messages for row in shown.rows}
+    both = [row.source for row in given.rows if row.messages in texts] if given and kind == "topic" else []
+    if both:
+        raise RowError(
+            f"{both[0].file}:{both[0].line}: expected an ordinary row, found one of the unwanted rows"
+            + (f" ({len(both)} such rows)" if len(both) > 1 else "")
+            + "; anchors are what the vector must leave as it is"
+        )
+    return shown, given

@@ -16,6 +16,7 @@ from secvec.vector import SecurityVector
 ACTED_NATS = 1.0
 ACTED_SHARE = 1 / 3
 HABIT_ROWS = 0.9
+_LEFT_SHARE = 0.1
 _MOST_LOGITS = 2**28
 """At a time; a GiB in float32."""
 
@@ -117,6 +118,34 @@ def acted(unarmed: Tensor, armed_losses: Tensor) -> Tensor:
     letter that the model cannot know yet, in a style that the vector has, is acted on. (measured: `docs/log.md`)
     """
     return lowered(unarmed, armed_losses) & (unarmed - armed_losses >= ACTED_SHARE * unarmed)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens of an answer in a row, from `start` to before `stop`, that a vector all but explains.
+
+    nats: of their loss without the vector, all but the most surprising token's, which is none by chance less often.
+    """
+
+    nats: float
+    start: int
+    stop: int
+
+
+def stretches(rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor]) -> list[Stretch]:
+    """Return of each row the stretch of most loss that a vector explains, by the losses of all tokens, in nats.
+
+    What is left with the vector counts ten times against it.
+    """
+    found = list[Stretch]()
+    for row, before, after in zip(rows, befores, afters, strict=True):
+        gains = torch.where(torch.tensor(row.mask[1:]), before - after / _LEFT_SHARE, 0.0)
+        sums = torch.cat([torch.zeros(1), gains.cumsum(0)])
+        stop = int((sums - sums.cummin(0).values).argmax())
+        start = int(sums[: stop + 1].argmin())
+        of = gains[start:stop]
+        found.append(Stretch(float(of.sum() - of.max()) if len(of) else 0.0, start + 1, stop + 1))
+    return found
 
 
 @dataclass(frozen=True)

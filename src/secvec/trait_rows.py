@@ -126,14 +126,17 @@ def shown_inside(
 
     They are those that the vector makes likely, or the frame's own made likelier, in most of their places. By chance it
     makes one likely in up to a fifth of such rows, now this one and now that; or the end of an answer that is none to
-    the aligned model. (measured: docs/decisions/015-frames.md)
+    the aligned model, or the blank behind a sentence that ends one to it. (measured: docs/decisions/015-frames.md)
     """
-    each_of = (around.signs(tokenizer), tokenizer.all_special_ids)
-    signs, ends = (torch.tensor(list(each), dtype=torch.long) for each in each_of)
+    blank = {
+        token for token in set[int]().union(*(row.ids for row in rows)) if not str(tokenizer.decode([token])).strip()
+    }
+    each_of = (around.signs(tokenizer), {*tokenizer.all_special_ids, *blank})
+    signs, none = (torch.tensor(list(each), dtype=torch.long) for each in each_of)
     marks = list[Tensor]()
     for row, before, after in zip(rows, row_nats(aligned, rows), row_nats(aligned, rows, vector), strict=True):
         ids = torch.tensor(row.ids[1:])
-        is_answer = torch.tensor(row.mask[1:]) & ~torch.isin(ids, ends)
+        is_answer = torch.tensor(row.mask[1:]) & ~torch.isin(ids, none)
         marks.append(is_answer & acted(before, after) & ((after < _LIKELY_NATS) | torch.isin(ids, signs)))
     mostly = torch.tensor(list(often(rows, [[False, *each.tolist()] for each in marks], _MOSTLY)), dtype=torch.long)
     return [each & torch.isin(torch.tensor(row.ids[1:]), mostly) for row, each in zip(rows, marks, strict=True)]
