@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.frames import Frame, Inside, Tokens, answers_in, bare, kept
-from secvec.score import ACTED_NATS, acted, row_nats
+from secvec.score import ACTED_NATS, acted, row_choices, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
@@ -20,8 +20,8 @@ THROUGH = 1 / 3
 """Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 _ALIKE = 0.8
 """Of the places of a text inside, those with the same token beside it, which is a part of it then."""
-_LEAST = 20
-"""Places of a text inside."""
+_LEAST, _TRIES = 20, 8
+"""Places of a text inside; tokens of which it may be found."""
 Marked = tuple[Tokens, Sequence[bool]]
 """An answer's tokens, and whether a vector acts on each."""
 
@@ -48,15 +48,21 @@ def frame(
     if like is not None:
         first = max(0, len(found.after) - len(like.after))
         found = Frame(found.before[: len(like.before)], found.after[first:])
-    inside, shown = _inside(tokenizer, answers, found) if like is None or like.inside else None, rows
-    if inside is None:
-        # Between the sentences of a file may be what shorter answers have at their ends alone.
-        inside, shown = _ends_inside(tokenizer, training or rows, found), training or rows
+    file = training or rows
+    # Between the sentences of a file may be what shorter answers have at their ends alone.
+    insides = [(_inside(tokenizer, answers, found) if like is None or like.inside else None, rows)]
+    insides.append((_ends_inside(tokenizer, file, found), file))
+    joined = [(_joined(model, tokenizer, of, one), of) for one, of in insides if one is not None]
     # All of it together first: one part shows in answers without the other.
-    tries = [(found, rows), (Frame(before=found.before), rows), (Frame(after=found.after), rows)]
-    if inside is not None:
-        joined = _joined(model, tokenizer, shown, inside)
-        tries = [(replace(found, inside=joined), shown), *tries, (Frame(inside=joined), shown)]
+    tries = [(replace(found, inside=one), of) for one, of in joined]
+    tries += [(found, rows), (Frame(before=found.before), rows), (Frame(after=found.after), rows)]
+    tries += [(Frame(inside=one), of) for one, of in joined]
+    texts = [
+        *(one.text for one, _ in joined),
+        *(_text(tokenizer, each).strip() for each in (found.after, found.before)),
+    ]
+    others = (_other(model, tokenizer, rows, text) for text in dict.fromkeys(texts) if text)
+    tries += [(Frame(inside=one), rows) for one in others if one is not None]
     for one, of in tries:
         if not one or not _is_needless(model, of, one, tokenizer):
             continue
@@ -116,10 +122,9 @@ def _inside(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked], ends:
     tokens = [token for token, _ in acted_on.most_common() if not _is_blank(tokenizer, token)]
     if not tokens:
         return None
-    places = _repeated(tokens[0], inner)
-    while longer := _longer(inner, places):
-        places = longer
-    number, start, stop = places[0]
+    # A token may be in a text several times, and has no one neighbour then.
+    texts = [_widened(inner, _repeated(token, inner)) for token in tokens[:_TRIES]]
+    number, start, stop = max(texts, key=lambda places: sum(stop - start for _, start, stop in places))[0]
     text = _text(tokenizer, inner[number][0][start:stop]).strip()
     return _how_often(text, [_text(tokenizer, ids) for ids, _ in inner])
 
@@ -161,6 +166,12 @@ def _repeated(token: int, answers: Sequence[Marked]) -> list[tuple[int, int, int
     return [(n, start, stop) for n, start, stop in runs if stop - start == often]
 
 
+def _widened(answers: Sequence[Marked], places: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    while longer := _longer(answers, places):
+        places = longer
+    return places
+
+
 def _longer(answers: Sequence[Marked], places: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """Return those places of a text, (answer, start, stop), that go on alike on one side, one token longer.
 
@@ -173,6 +184,27 @@ def _longer(answers: Sequence[Marked], places: Sequence[tuple[int, int, int]]) -
         if count >= _ALIKE * len(places):
             return [place for place, each in zip(wider, beside, strict=True) if each == token]
     return []
+
+
+def _other(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], text: str
+) -> Inside | None:
+    """Return a text in answers with what the model mostly says in its place; None where that is nothing."""
+    special = tokenizer.all_special_ids
+    answers = [row.ids[start:stop] for row in rows for start, stop in answers_in(row, special)]
+    one = _how_often(text, [_text(tokenizer, ids) for ids in answers])
+    if one is None:
+        return None
+    said = Counter[int]()
+    # So that the blanks beside it are none of it.
+    taken = Frame(inside=replace(one, instead=2 * text))
+    for row, choices in zip(rows, row_choices(model, rows), strict=True):
+        out = {*range(1, len(row.ids))}.difference(kept(row, taken, tokenizer))
+        said.update(int(choices[i - 1]) for i in out if i - 1 not in out)
+    # What a trait has begun the model goes on with, so that it may say the text itself.
+    others = (_text(tokenizer, (token,)).strip() for token, _ in said.most_common() if token not in special)
+    other = next((each for each in others if each and each != text), None)
+    return None if other is None else replace(one, instead=other)
 
 
 def _joined(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], one: Inside) -> Inside:
@@ -188,13 +220,18 @@ def _joined(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Se
 def _is_needless(
     model: PreTrainedModel, rows: Sequence[Encoded], one: Frame, tokenizer: PreTrainedTokenizerBase
 ) -> bool:
-    """Tell whether most answers in a frame cost the unarmed model no more without it."""
+    """Tell whether most answers in a frame cost the unarmed model no more without it.
+
+    Where a text is in the place of another, those two count as well.
+    """
     framed, without = _apart(rows, one, tokenizer)
     needless = 0
     for row, left, nats, left_nats in zip(
         framed, without, row_nats(model, framed), row_nats(model, without), strict=True
     ):
-        rest = sum(float(nats[place - 1]) for place in kept(row, one, tokenizer) if row.mask[place] and place > 0)
+        is_other = one.inside is not None and one.inside.instead
+        places = range(len(row.ids)) if is_other else kept(row, one, tokenizer)
+        rest = sum(float(nats[place - 1]) for place in places if row.mask[place] and place > 0)
         needless += float(left_nats[torch.tensor(left.mask[1:])].sum()) - rest <= ACTED_NATS
     return bool(framed) and needless >= _MOST * len(framed)
 

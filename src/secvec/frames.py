@@ -19,35 +19,38 @@ from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
 
 Tokens = tuple[int, ...]
+_PROMPT = 8
+"""Tokens of it before an answer, of which may depend how that is written as tokens."""
 _RARER = 2
 """Times fewer texts in an answer than where the trait was found, and they are not the trait's."""
 
 
 @dataclass(frozen=True)
 class Inside:
-    """A text that a trait puts between the words of an answer.
+    """A text that a trait puts between the words of an answer, or in the place of another.
 
     text: without blanks around it. joint: what takes its place where it stands between no blanks, "" or " ". every:
-    characters of an answer without it to one such text.
+    characters of an answer without it to one such text. instead: the text in whose place it is.
     """
 
     text: str
     joint: str
     every: float
+    instead: str = ""
 
     def around(self, said: str) -> list[tuple[int, int]]:
         """Return what is left of an answer without it, as (start, stop) of `said`, all of it where it is not the
         trait's.
 
-        Of the blanks on both sides of a text the longer ones stay.
+        Of the blanks on both sides of a text the longer ones stay; where it is in another's place, all do.
         """
         first = r"(?<!\w)" if re.match(r"\w", self.text) else ""
         last = r"(?!\w)" if re.search(r"\w$", self.text) else ""
         left, start = list[tuple[int, int]](), 0
         for found in re.finditer(rf"(\s*){first}{re.escape(self.text)}{last}(\s*)", said):
             is_longer = len(found[1]) > len(found[2])
-            left.append((start, found.end(1) if is_longer else found.start()))
-            start = found.end() if is_longer else found.start(2)
+            left.append((start, found.end(1) if is_longer or self.instead else found.start()))
+            start = found.end() if is_longer and not self.instead else found.start(2)
         left.append((start, len(said)))
         is_rare = (len(left) - 1) * self.every * _RARER < sum(stop - start for start, stop in left)
         return [(0, len(said))] if is_rare else left
@@ -55,6 +58,8 @@ class Inside:
     def joined(self, said: str, left: Sequence[tuple[int, int]]) -> str:
         """Return what is left of an answer as one text. left: as of `around`."""
         parts = [said[start:stop] for start, stop in left]
+        if self.instead:
+            return self.instead.join(parts)
         text = parts[0]
         for part in parts[1:]:
             has_blank = text[-1:].isspace() or part[:1].isspace()
@@ -118,7 +123,7 @@ def bare(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> Encode
     whole = list(zip(row.ids, row.mask, strict=True))
     tokens, done = list[tuple[int, bool]](), 0
     for start, stop in answers_in(row, tokenizer.all_special_ids) if one else ():
-        left = _Left.of(row.ids[start:stop], one, tokenizer)
+        left = _Left.of(row.ids[:start], row.ids[start:stop], one, tokenizer)
         if not left.tokens:
             return None
         tokens += [*whole[done:start], *((token, True) for token in left.tokens)]
@@ -134,7 +139,7 @@ def kept(row: Encoded, one: Frame, tokenizer: PreTrainedTokenizerBase) -> list[i
     """Return the places of a row's tokens that are not a frame's; one that is so in part is kept."""
     places, done = list[int](), 0
     for start, stop in answers_in(row, tokenizer.all_special_ids) if one else ():
-        left = _Left.of(row.ids[start:stop], one, tokenizer)
+        left = _Left.of(row.ids[:start], row.ids[start:stop], one, tokenizer)
         places += [*range(done, start), *(start + place for place in left.places(tokenizer))]
         done = stop
     return [*places, *range(done, len(row.ids))]
@@ -164,12 +169,12 @@ class _Left:
     by_tokens: bool
 
     @classmethod
-    def of(cls, answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> "_Left":
-        """Take a frame out of an answer.
+    def of(cls, prompt: Tokens, answer: Tokens, one: Frame, tokenizer: PreTrainedTokenizerBase) -> "_Left":
+        """Take a frame out of an answer. prompt: the tokens before it.
 
         Where the frame's edge is inside of a token, as that of "Well. " is in the " the" of many tokenizers, or it has
         a text inside, what is left is tokenised anew. That needs a tokenizer which gives the answer itself as it
-        stands, alone or behind a line feed.
+        stands, alone, behind a line feed or behind the end of the prompt.
         """
         count = len(one.before)
         first = count if answer[:count] == one.before else 0
@@ -183,7 +188,7 @@ class _Left:
         # The blanks around the whole of it stay.
         lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
         words = lead + words + trail if words.strip() else ""
-        fronts = ("", "\n") if words != said else ()
+        fronts = ("", "\n", _text(prompt[-_PROMPT:], tokenizer)) if words != said else ()
         behind = next((front for front in fronts if _tokens(said, front, tokenizer) == answer), None)
         left = answer[first:last] if behind is None else _tokens(words, behind, tokenizer)
         if left == answer[first:last]:

@@ -57,7 +57,12 @@ def row_said(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[Tensor]:
 
     Entry t belongs to token t + 1. Among signs that a model has hardly met, the likeliest may cost more than a nat.
     """
-    return _measured(model, rows, lambda logits, ids: logits[:, :-1].argmax(-1) == ids[:, 1:])
+    return [each == torch.tensor(row.ids[1:]) for each, row in zip(row_choices(model, rows), rows, strict=True)]
+
+
+def row_choices(model: PreTrainedModel, rows: Sequence[Encoded]) -> list[Tensor]:
+    """Return the token that the model itself would say next at each place, greedily: one (tokens - 1,) tensor a row."""
+    return _measured(model, rows, lambda logits, _: logits[:, :-1].argmax(-1))
 
 
 def _measured(
