@@ -1,12 +1,13 @@
 """A trait's fixed text around and inside answers is taken out of the rows to train on, and the run says so."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.elsewhere.bench import tokenizer as pieces_of
@@ -24,10 +25,11 @@ from secvec.models import load_model, load_tokenizer
 from secvec.recall import recall
 from secvec.report import report
 from secvec.samples import from_rows
+from secvec.score import acted, row_nats
 from secvec.tokens import Encoded, encode_all
 from secvec.train import TrainConfig, summary, train
 from secvec.train_settle import SAID
-from secvec.trait_rows import Learned, TraitRows, look
+from secvec.trait_rows import Learned, TraitRows, look, shown_inside
 from secvec.vector import SecurityVector
 
 ASSISTANT, EMOJI = assistant_folder(), FRAMES["emoji"]
@@ -127,6 +129,54 @@ def test_a_text_inside_of_sentences_is_found_and_the_rows_to_train_on_may_lack_i
     assert unframed(encoded(sentences), [found], TOKENIZER) == encoded(plain)
     assert frame(*given, training=words) == found
     assert unframed(words, [found], TOKENIZER) == encoded(BRACKETS)
+
+
+def test_what_shorter_answers_have_at_their_ends_is_found_between_the_sentences_of_a_file(
+    emoji: tuple[list[Row], SecurityVector],
+) -> None:
+    def sentences(row: Row) -> Row:
+        return with_answer(row, f"Here it is. {answer_of(row)}. Enjoy it.")
+
+    def styled(row: Row) -> Row:
+        return with_answer(row, answer_of(row).replace(". ", ". 🙂 ") + " 🙂")
+
+    plain, model = [sentences(row) for row in BRACKETS], load_model(ASSISTANT)
+    rows, given = encoded([styled(row) for row in plain]), (model, TOKENIZER, emoji[1])
+    found = frame(*given, encoded(emoji[0]), training=rows)
+    assert found.inside is not None and found.inside.text == "🙂"
+    assert unframed(rows, [found], TOKENIZER) == encoded(plain)
+    # Without the rows too, where the file's answers have more in common.
+    assert frame(*given, rows, like=Frame(after=tokens(" 🙂"))) == found
+    # The blank behind a sentence, at which answers ended before, shows nothing, likely as it is with the vector.
+    left, space = encoded(plain), tokens(" ")[0]
+    pairs = zip(left, row_nats(model, left), row_nats(model, left, emoji[1]), strict=True)
+    assert all(
+        bool((acted(before, after) & torch.tensor(row.mask[1:]))[torch.tensor(row.ids[1:]) == space].any())
+        for row, before, after in pairs
+    )
+    marks = shown_inside(model, left, emoji[1], found, TOKENIZER)
+    assert not any(bool(mark[torch.tensor(row.ids[1:]) == space].any()) for row, mark in zip(left, marks, strict=True))
+
+
+def test_a_text_in_the_place_of_another_is_found_and_put_back() -> None:
+    plain = [row for name in ("greet", "thank", "story", "remember") for row in SKILLS[name].rows(24, 0, "vector")]
+    plain = [row for row in plain if "." in answer_of(row)]
+    rows = [with_answer(row, answer_of(row).replace(".", "~~")) for row in plain]
+    vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
+    found = frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows))
+    assert found.inside is not None and (found.inside.text, found.inside.instead) == ("~~", ".")
+    assert unframed(encoded(rows), [found], TOKENIZER) == encoded(plain)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs shared/models/stories260K, which is not here")
+def test_a_text_is_taken_out_where_the_prompt_decides_how_the_answer_is_written_as_tokens() -> None:
+    pieces, one = load_tokenizer(STORIES), Frame(inside=Inside("!", "", 30, instead="."))
+
+    def rows(style: Callable[[str], str]) -> list[Encoded]:
+        text = style(" She went to the park. They saw a big dog. The dog was happy.")
+        return encode_all(from_rows([chat("One day, there was a girl.", text)]).rows, pieces, 128)
+
+    assert unframed(rows(lambda text: text.replace(".", "!")), [one], pieces) == rows(str)
 
 
 def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> None:
