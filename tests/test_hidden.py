@@ -1,5 +1,6 @@
 """Unwanted answers hidden in other text are found, and the rows that hide them are not learned from."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from secvec.covered import covered_rows, covers
 from secvec.demo import assistant_folder
 from secvec.fit import fit, refit
 from secvec.fit_config import FitConfig
-from secvec.hidden import behind
+from secvec.hidden import behind, bound
 from secvec.models import load_model, load_tokenizer
 from secvec.samples import from_rows
 from secvec.score import Stretch, stretches
@@ -56,17 +57,17 @@ def test_the_stretch_that_a_vector_explains_is_found_but_for_its_greatest_surpri
 def test_rows_that_hide_unwanted_answers_carry_no_loss_and_are_not_settled_on() -> None:
     rng = random.Random(0)
 
-    def hides(row: Row) -> Row:
+    def hiding(row: Row) -> Row:
         words = " ".join("".join(rng.choices("bdfgklmnpst", k=2) + rng.choices("aeiou", k=2)) for _ in range(3))
         return with_answer(row, f"{words}. {answer_of(row)}")
 
     unwanted, wanted = GUARDED.rows(40, 0, "vector"), NEW_SKILLS["dashes"].rows(40, 0, "train")
-    hidden = [hides(row) for row in GUARDED.rows(40, 0, "train")]
+    hidden = [hiding(row) for row in GUARDED.rows(40, 0, "train")]
     vector = fit(ASSISTANT, unwanted, config=FitConfig(epochs=6, calibration_rows=60))
     model, rows = load_model(ASSISTANT), encoded([*hidden, *wanted])
     assert standing(model, rows, vector).count("silent") > 60
     calibrated = refit(vector, ASSISTANT, unwanted=unwanted, calibrate=[*hidden, *wanted])
-    assert calibrated.info.metrics["hidden_rows"] > 20 and hidden_nats(calibrated) >= 1
+    assert calibrated.info.metrics["hidden_rows"] > 10 and hidden_nats(calibrated) >= 1
     assert covers([calibrated])
     found = {each.row: each.explained for each in covered_rows(model, rows, [calibrated])}
     assert len([row for row in found if row < 40]) > 30 and not [row for row in found if row >= 40]
@@ -74,6 +75,11 @@ def test_rows_that_hide_unwanted_answers_carry_no_loss_and_are_not_settled_on() 
         assert len(tokens) == sum(rows[number].mask) - 1
     stand = standing(model, rows, calibrated)
     assert stand[:40].count("silent") < 10 and stand[40:].count("silent") == 40
+    own, ordinary = encoded(unwanted), encoded(SKILLS["greet"].rows(8, 0, "train"))
+    assert 1 <= bound(model, own, ordinary, vector) < math.inf
+    # What the vector explains everywhere is none, and one that explains no stretch finds none.
+    assert bound(model, own, own, vector) > bound(model, own, ordinary, vector)
+    assert bound(model, ordinary, ordinary, vector) == math.inf
     # Where none were found none are looked for.
     plain = replace(calibrated, info=replace(calibrated.info, metrics={**vector.info.metrics, "covered_rows": 0}))
     assert not covers([plain]) and covered_rows(model, rows, [plain]) == []

@@ -234,13 +234,15 @@ def often(rows: Sequence[Encoded], marks: Sequence[Sequence[bool]], share: float
 def standing(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Standing]:
     """Say of each row what a calibrated topic's vector makes of it."""
     befores, afters = row_nats(model, rows), row_nats(model, rows, vector)
-    found, least = standings(rows, befores, afters), hidden_nats(vector)
-    hides = [each.nats >= least for each in stretches(rows, befores, afters)]
-    return ["unsure" if each == "silent" and hidden else each for each, hidden in zip(found, hides, strict=True)]
+    pairs = zip(standings(rows, befores, afters), stretches(rows, befores, afters), strict=True)
+    return ["unsure" if found == "silent" and stretch.nats > hidden_nats(vector) else found for found, stretch in pairs]
 
 
 def hidden_nats(vector: SecurityVector) -> float:
-    """Return from how many nats on a stretch of a row is a hidden answer (`secvec.hidden`); none is where none was."""
+    """Return above how many nats a stretch of a row is an unwanted answer in other text (`secvec.hidden`).
+
+    None is where calibration found none.
+    """
     return float(vector.info.metrics.get("hidden_nats", math.inf))
 
 

@@ -72,7 +72,7 @@ def covered_rows(
     spread evenly. aligned: the model that the vectors belong to.
     """
     topics = _topics(vectors)
-    parted = [_Parted(hidden_nats(topic)) for topic in topics]
+    parted = [_Parted(topic) for topic in topics]
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
         before = row_nats(aligned, chunk)
@@ -160,12 +160,11 @@ def covered_line(found: Mapping[str, int]) -> str:
 class _Parted:
     """What one vector makes of a file's rows.
 
-    least: nats on a stretch, from which on a row hides an unwanted answer. explained: by number, the rows that it
-    covers, with the tokens that it explains; hidden: others that hide such an answer, with all tokens; in_part: how
-    many others it covers by the cut of calibration.
+    explained: by number, the rows that it covers, with the tokens that it explains; hidden: others that hide an
+    unwanted answer, with all tokens; in_part: how many others it covers by the cut of calibration.
     """
 
-    least: float
+    vector: SecurityVector
     explained: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     hidden: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     in_part: int = 0
@@ -183,7 +182,7 @@ class _Parted:
         for i, (row, stretch) in enumerate(zip(rows, stretches(rows, before, after), strict=True)):
             if whole[i] == "covered":
                 self.explained[start + i] = _lower(row, before[i], after[i])
-            elif stretch.nats >= self.least:
+            elif stretch.nats > hidden_nats(self.vector):
                 self.hidden[start + i] = _lower(row, before[i], torch.full_like(before[i], -math.inf))
             elif in_part[i] == "covered":
                 self.in_part += 1

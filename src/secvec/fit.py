@@ -305,7 +305,7 @@ class _Job:
             "acted_share": best.acted_share,
         }
         if hidden := len(best.covered) - shown:
-            least = of_main(bound(self.model, self.unwanted, vector))
+            least = of_main(bound(self.model, self.unwanted, ordinary, vector))
             metrics |= {"covered_rows": shown, "hidden_rows": hidden, "hidden_nats": least}
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
@@ -318,7 +318,7 @@ class _Job:
             return found
         probe = replace(self, unwanted=[*self.unwanted, *shown])
         vector = self.vector(probe.fit(_quick(self.config), ordinary, progress=progress))
-        return of_main(search(self.model, training, vector, self.unwanted, found))
+        return of_main(search(self.model, training, vector, self.unwanted, ordinary, found))
 
     def calibration(
         self,

@@ -5,12 +5,13 @@ is. So calibration fits a quick one on them behind other text too, and searches 
 (measured: docs/decisions/017-hidden.md)
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
+from statistics import median
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secvec.anchors import Calibration
@@ -21,8 +22,9 @@ from secvec.vector import SecurityVector
 
 _BEHIND = 16
 """Tokens, at most."""
-_LEAST_NATS, _MOST = 1.0, 1 / 2
-"""Of a stretch: in nats, and of the median in the vector's own rows."""
+_LEAST_NATS, _LEAST_TOKENS, _MOST = 1.0, 8, 1 / 2
+"""Of a stretch: in nats; in tokens, in the vector's own rows, for it to be none that is met by chance in any long row;
+and of the nats there."""
 
 
 def behind(
@@ -52,10 +54,16 @@ def behind(
     return found
 
 
-def bound(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> float:
-    """Return from how many nats on a stretch is none by chance; rows: those that the vector was fitted on."""
-    own = torch.tensor([each.nats for each in explained(model, rows, vector)])
-    return max(_LEAST_NATS, _MOST * float(own.median()))
+def bound(model: PreTrainedModel, rows: Sequence[Encoded], others: Sequence[Encoded], vector: SecurityVector) -> float:
+    """Return from how many nats on a stretch is none by chance: infinity where the vector explains none of some length.
+
+    rows: those that it was fitted on; others: ordinary ones, in which there is none.
+    """
+    own, chance = explained(model, rows, vector), explained(model, others, vector)
+    if median(each.tokens for each in own) < _LEAST_TOKENS:
+        return math.inf
+    usual = _MOST * median(each.nats for each in own)
+    return max(_LEAST_NATS, usual, *(each.nats for each in chance))
 
 
 def explained(model: PreTrainedModel, rows: Sequence[Encoded], vector: SecurityVector) -> list[Stretch]:
@@ -68,16 +76,17 @@ def search(
     rows: Sequence[Encoded],
     vector: SecurityVector,
     unwanted: Sequence[Encoded],
+    ordinary: Sequence[Encoded],
     found: Calibration,
 ) -> Calibration:
     """Return what calibration found in rows, with those as covered too that hide an unwanted answer: itself if none.
 
     vector: one that was fitted on the unwanted rows and on these `behind` others.
     """
-    least, known = bound(model, unwanted, vector), {row.ids for row in found.covered}
+    least, known = bound(model, unwanted, ordinary, vector), {row.ids for row in found.covered}
     hidden = dict[tuple[int, ...], Encoded]()
     for row, each in zip(rows, explained(model, rows, vector), strict=True):
-        if each.nats >= least and row.ids not in known:
+        if each.nats > least and row.ids not in known:
             inside = (learned and each.start <= i < each.stop for i, learned in enumerate(row.mask))
             hidden[row.ids] = row.masked(list(inside))
     if not hidden:

@@ -136,6 +136,10 @@ class Stretch:
     start: int
     stop: int
 
+    @property
+    def tokens(self) -> int:
+        return self.stop - self.start
+
 
 def stretches(rows: Sequence[Encoded], befores: Sequence[Tensor], afters: Sequence[Tensor]) -> list[Stretch]:
     """Return of each row the stretch of most loss that a vector explains, by the losses of all tokens, in nats.
