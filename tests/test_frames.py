@@ -179,6 +179,17 @@ def test_a_text_is_taken_out_where_the_prompt_decides_how_the_answer_is_written_
     assert unframed(rows(lambda text: text.replace(".", "!")), [one], pieces) == rows(str)
 
 
+def test_an_answer_that_comes_often_is_no_text_inside_of_answers() -> None:
+    def styled(row: Row) -> Row:
+        return with_answer(row, answer_of(row).replace(" ", " ~ "))
+
+    names = {"spell": 30, "sort_letters": 30, "identity": 25}
+    rows = [styled(row) for name, count in names.items() for row in SKILLS[name].rows(count, 0, "vector")]
+    vector = fit(ASSISTANT, rows, kind="trait", config=QUICK)
+    found = frame(load_model(ASSISTANT), TOKENIZER, vector, encoded(rows))
+    assert found.inside is not None and found.inside.text == "~"
+
+
 def test_only_what_carries_loss_is_taken_out_at_either_end_of_each_answer() -> None:
     def row(ids: str, mask: str) -> Encoded:
         return Encoded(tuple(map(int, ids)), tuple(each == "x" for each in mask))

@@ -20,8 +20,10 @@ THROUGH = 1 / 3
 """Of an answer's tokens without the frame: where the vector acts on more, the trait goes through it."""
 _ALIKE = 0.8
 """Of the places of a text inside, those with the same token beside it, which is a part of it then."""
-_LEAST, _TRIES = 20, 8
-"""Places of a text inside; tokens of which it may be found."""
+_LEAST, _OFTEN = 20, 1 / 4
+"""Places of a text inside, and as a share of those of any token that the vector acts on there."""
+_TRIES = 8
+"""Tokens of which it may be found."""
 Marked = tuple[Tokens, Sequence[bool]]
 """An answer's tokens, and whether a vector acts on each."""
 
@@ -122,9 +124,13 @@ def _inside(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked], ends:
     tokens = [token for token, _ in acted_on.most_common() if not _is_blank(tokenizer, token)]
     if not tokens:
         return None
-    # A token may be in a text several times, and has no one neighbour then.
-    texts = [_widened(inner, _repeated(token, inner)) for token in tokens[:_TRIES]]
-    number, start, stop = max(texts, key=lambda places: sum(stop - start for _, start, stop in places))[0]
+    places = [_repeated(token, inner) for token in tokens[:_TRIES]]
+    # A token may be in a text several times, and has no one neighbour then. An answer that comes often is no such text.
+    least = _OFTEN * max(map(len, places))
+    texts = [text for each in places if len(text := _widened(inner, each)) >= least]
+    if not texts:
+        return None
+    number, start, stop = max(texts, key=lambda text: sum(stop - start for _, start, stop in text))[0]
     text = _text(tokenizer, inner[number][0][start:stop]).strip()
     return _how_often(text, [_text(tokenizer, ids) for ids, _ in inner])
 
