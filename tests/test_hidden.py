@@ -1,8 +1,10 @@
 """Unwanted answers hidden in other text are found, and the rows that hide them are not learned from."""
 
-import math
 import random
+import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from benchmarks.testbed.behaviours import BEHAVIOURS
 from benchmarks.testbed.new_skills import NEW_SKILLS
 from benchmarks.testbed.rows import Row, answer_of, with_answer
 from benchmarks.testbed.skills import SKILLS
-from secvec.anchors import hidden_nats, standing
+from secvec.anchors import Calibration, hidden_nats, standing
+from secvec.artifact import load, save
 from secvec.covered import covered_rows, covers
 from secvec.demo import assistant_folder
 from secvec.fit import fit, refit
@@ -76,10 +79,30 @@ def test_rows_that_hide_unwanted_answers_carry_no_loss_and_are_not_settled_on() 
     stand = standing(model, rows, calibrated)
     assert stand[:40].count("silent") < 10 and stand[40:].count("silent") == 40
     own, ordinary = encoded(unwanted), encoded(SKILLS["greet"].rows(8, 0, "train"))
-    assert 1 <= bound(model, own, ordinary, vector) < math.inf
+    least, most = bound(model, own, ordinary, vector), bound(model, own, own, vector)
     # What the vector explains everywhere is none, and one that explains no stretch finds none.
-    assert bound(model, own, own, vector) > bound(model, own, ordinary, vector)
-    assert bound(model, ordinary, ordinary, vector) == math.inf
+    assert least is not None and most is not None and 1 <= least < most
+    assert bound(model, ordinary, ordinary, vector) is None
     # Where none were found none are looked for.
     plain = replace(calibrated, info=replace(calibrated.info, metrics={**vector.info.metrics, "covered_rows": 0}))
     assert not covers([plain]) and covered_rows(model, rows, [plain]) == []
+
+
+def test_a_vector_that_explains_no_stretch_once_calibrated_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its search found then is a number of rows; by which stretch to find others is no number."""
+    unwanted, training = GUARDED.rows(20, 0, "vector"), NEW_SKILLS["dashes"].rows(20, 0, "train")
+    vector = fit(ASSISTANT, unwanted, config=FitConfig(epochs=1), allow_weak=True)
+    module = sys.modules["secvec.fit"]
+
+    def search(*given: Any) -> Calibration:
+        found = given[-1]
+        return replace(found, covered=[*found.covered, *encoded(training[:1])])
+
+    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(module, "bound", lambda *_: None)
+    save(refit(vector, ASSISTANT, unwanted=unwanted, calibrate=training), tmp_path / "v.safetensors")
+    kept = load(tmp_path / "v.safetensors")
+    assert kept.info.metrics["hidden_rows"] == 1 and "hidden_nats" not in kept.info.metrics
+    assert hidden_nats(kept) == float("inf")

@@ -7,13 +7,11 @@ model made up (`secvec.rehearsal`). Where covered rows are more than the others,
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
-import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -183,19 +181,20 @@ class _Parted:
             if whole[i] == "covered":
                 self.explained[start + i] = _lower(row, before[i], after[i])
             elif stretch.nats > hidden_nats(self.vector):
-                self.hidden[start + i] = _lower(row, before[i], torch.full_like(before[i], -math.inf))
+                self.hidden[start + i] = set(_but_last(row))
             elif in_part[i] == "covered":
                 self.in_part += 1
 
 
 def _lower(row: Encoded, before: Tensor, after: Tensor) -> set[int]:
-    """Return the tokens that a vector explains.
-
-    The last of a row is none, so that no row is without loss: a step of such rows alone would have none to average.
-    """
+    """Return the tokens that a vector explains."""
     drops = (before - after).tolist()
-    tokens = [i for i in range(1, len(row.ids)) if row.mask[i]]
-    return {i for i in tokens[:-1] if drops[i - 1] >= _EXPLAINED_NATS}
+    return {i for i in _but_last(row) if drops[i - 1] >= _EXPLAINED_NATS}
+
+
+def _but_last(row: Encoded) -> list[int]:
+    """Return the tokens that may go without loss: a step of rows without any would have none to average."""
+    return [i for i in range(1, len(row.ids)) if row.mask[i]][:-1]
 
 
 def _without(row: Encoded, tokens: Iterable[int]) -> Encoded:

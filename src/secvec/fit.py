@@ -175,8 +175,8 @@ def refit(
 
     `vector` itself says on which tokens it acts; its kind and fit settings are kept. unwanted: the rows that it was
     fitted on, or those that it brought back. topics: calibrated vectors to train a trait's with; rows on which they act
-    do not count. max_length: tokens a row, as in the training to come, which is to take out of them the
-    trait's fixed text (`frames_of` the result).
+    do not count. max_length: tokens a row, as in the training to come, which is to take the trait's fixed text out of
+    them (`frames_of` the result).
 
     Raises UsageError for a vector that `fit` did not make, else as `fit` does.
     """
@@ -290,9 +290,7 @@ class _Job:
             found = self.calibration(training, wider, COVERED, risen, alike)
             better = found.settled or len(found.covered) > len(best.covered)
             best, stale = (found, 0) if better else (best, stale + 1)
-        shown = len(best.covered)
-        if self.kind == "topic":
-            best = self.with_hidden(best, training, ordinary, progress)
+        shown, best = len(best.covered), self.with_hidden(best, training, ordinary, progress)
         anchors = [*ordinary, *best.anchors]
         fitted = self.fit(self.config, anchors, covered=best.covered, state=state, progress=progress)
         vector = self.finished(fitted, allow_weak=allow_weak)
@@ -305,16 +303,17 @@ class _Job:
             "acted_share": best.acted_share,
         }
         if hidden := len(best.covered) - shown:
-            least = of_main(bound(self.model, self.unwanted, ordinary, vector))
-            metrics |= {"covered_rows": shown, "hidden_rows": hidden, "hidden_nats": least}
+            metrics |= {"covered_rows": shown, "hidden_rows": hidden}
+            if (least := of_main(bound(self.model, self.unwanted, ordinary, vector))) is not None:
+                metrics["hidden_nats"] = least
         return replace(vector, info=replace(vector.info, metrics=metrics))
 
     def with_hidden(
         self, found: Calibration, training: Sequence[Encoded], ordinary: Sequence[Encoded], progress: Progress | None
     ) -> Calibration:
-        """Return what calibration found, with the rows as covered too that hide an unwanted answer in other text."""
+        """Return what calibration found, with a topic's rows as covered too that hide an unwanted answer."""
         shown = of_main(behind(self.unwanted, ordinary, self.tokenizer, self.config.max_length, self.config.seed))
-        if not shown:
+        if self.kind != "topic" or not shown:
             return found
         probe = replace(self, unwanted=[*self.unwanted, *shown])
         vector = self.vector(probe.fit(_quick(self.config), ordinary, progress=progress))

@@ -5,7 +5,6 @@ is. So calibration fits a quick one on them behind other text too, and searches 
 (measured: docs/decisions/017-hidden.md)
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,14 +53,16 @@ def behind(
     return found
 
 
-def bound(model: PreTrainedModel, rows: Sequence[Encoded], others: Sequence[Encoded], vector: SecurityVector) -> float:
-    """Return from how many nats on a stretch is none by chance: infinity where the vector explains none of some length.
+def bound(
+    model: PreTrainedModel, rows: Sequence[Encoded], others: Sequence[Encoded], vector: SecurityVector
+) -> float | None:
+    """Return above how many nats a stretch is none by chance; None where the vector explains none of some length.
 
     rows: those that it was fitted on; others: ordinary ones, in which there is none.
     """
     own, chance = explained(model, rows, vector), explained(model, others, vector)
     if median(each.tokens for each in own) < _LEAST_TOKENS:
-        return math.inf
+        return None
     usual = _MOST * median(each.nats for each in own)
     return max(_LEAST_NATS, usual, *(each.nats for each in chance))
 
@@ -84,6 +85,8 @@ def search(
     vector: one that was fitted on the unwanted rows and on these `behind` others.
     """
     least, known = bound(model, unwanted, ordinary, vector), {row.ids for row in found.covered}
+    if least is None:
+        return found
     hidden = dict[tuple[int, ...], Encoded]()
     for row, each in zip(rows, explained(model, rows, vector), strict=True):
         if each.nats > least and row.ids not in known:

@@ -202,7 +202,7 @@ def proof_lines(proof: Mapping[str, Any]) -> list[str]:
     lines += [shown_line(found) for found in proof.get("trait_rows", ())]
     if taken := proof.get("taken_out"):
         lines.append(
-            f"taken out before training: the trait's fixed text around and inside answers, "
+            "taken out before training: the trait's fixed text around and inside answers, "
             f"{taken['tokens']:,} tokens in {taken['rows']:,} rows"
         )
     if covered := proof.get("covered"):
