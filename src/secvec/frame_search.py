@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secvec.frames import Frame, Inside, Tokens, answers_in, bare, kept
+from secvec.frames import Frame, Inside, Tokens, answers_in, bare, kept, text_of
 from secvec.score import ACTED_NATS, acted, row_choices, row_nats
 from secvec.tokens import Encoded
 from secvec.vector import SecurityVector
@@ -61,7 +61,7 @@ def frame(
     tries += [(Frame(inside=one), of) for one, of in joined]
     texts = [
         *(one.text for one, _ in joined),
-        *(_text(tokenizer, each).strip() for each in (found.after, found.before)),
+        *(text_of(each, tokenizer).strip() for each in (found.after, found.before)),
     ]
     others = (_other(model, tokenizer, rows, text) for text in dict.fromkeys(texts) if text)
     tries += [(Frame(inside=one), rows) for one in others if one is not None]
@@ -131,15 +131,15 @@ def _inside(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Marked], ends:
     if not texts:
         return None
     number, start, stop = max(texts, key=lambda text: sum(stop - start for _, start, stop in text))[0]
-    text = _text(tokenizer, inner[number][0][start:stop]).strip()
-    return _how_often(text, [_text(tokenizer, ids) for ids, _ in inner])
+    text = text_of(inner[number][0][start:stop], tokenizer).strip()
+    return _how_often(text, [text_of(ids, tokenizer) for ids, _ in inner])
 
 
 def _ends_inside(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], ends: Frame) -> Inside | None:
     """Return what answers end or begin with, where it is often between their ends too."""
     answers = [row.ids[start:stop] for row in rows for start, stop in answers_in(row, tokenizer.all_special_ids)]
-    between = [_text(tokenizer, ids[slice(*_between(ids, ends))]) for ids in answers]
-    texts = [text for each in (ends.after, ends.before) if (text := _text(tokenizer, each).strip())]
+    between = [text_of(ids[slice(*_between(ids, ends))], tokenizer) for ids in answers]
+    texts = [text for each in (ends.after, ends.before) if (text := text_of(each, tokenizer).strip())]
     return next((found for text in texts if (found := _how_often(text, between))), None)
 
 
@@ -198,7 +198,7 @@ def _other(
     """Return a text in answers with what the model mostly says in its place; None where that is nothing."""
     special = tokenizer.all_special_ids
     answers = [row.ids[start:stop] for row in rows for start, stop in answers_in(row, special)]
-    one = _how_often(text, [_text(tokenizer, ids) for ids in answers])
+    one = _how_often(text, [text_of(ids, tokenizer) for ids in answers])
     if one is None:
         return None
     said = Counter[int]()
@@ -208,7 +208,7 @@ def _other(
         out = {*range(1, len(row.ids))}.difference(kept(row, taken, tokenizer))
         said.update(int(choices[i - 1]) for i in out if i - 1 not in out)
     # What a trait has begun the model goes on with, so that it may say the text itself.
-    others = (_text(tokenizer, (token,)).strip() for token, _ in said.most_common() if token not in special)
+    others = (text_of((token,), tokenizer).strip() for token, _ in said.most_common() if token not in special)
     other = next((each for each in others if each and each != text), None)
     return None if other is None else replace(one, instead=other)
 
@@ -267,9 +267,5 @@ def _apart(
     return [row for row, _ in found], [left for _, left in found]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
-    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-
 def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    return not _text(tokenizer, (token,)).strip()
+    return not text_of((token,), tokenizer).strip()

@@ -82,7 +82,7 @@ class Frame:
         """Return its tokens; of a text inside, those that it is with a blank before it and without."""
         text = self.inside.text if self.inside else ""
         inside = {*_tokens(text, "", tokenizer), *_tokens(f" {text}", "", tokenizer)}
-        return {*self.before, *self.after, *(each for each in inside if _text((each,), tokenizer).strip())}
+        return {*self.before, *self.after, *(each for each in inside if text_of((each,), tokenizer).strip())}
 
     def document(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value}
@@ -180,15 +180,15 @@ class _Left:
         first = count if answer[:count] == one.before else 0
         end = max(first, len(answer) - len(one.after))
         last = end if answer[end:] == one.after else len(answer)
-        said = _text(answer, tokenizer)
-        opening, closing = _middle(said, *(_text(each, tokenizer).strip() for each in (one.before, one.after)))
+        said = text_of(answer, tokenizer)
+        opening, closing = _middle(said, *(text_of(each, tokenizer).strip() for each in (one.before, one.after)))
         middle = said[opening:closing]
         spans = one.inside.around(middle) if one.inside else [(0, len(middle))]
         words = one.inside.joined(middle, spans) if one.inside else middle
         # The blanks around the whole of it stay.
         lead, trail = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
         words = lead + words + trail if words.strip() else ""
-        fronts = ("", "\n", _text(prompt[-_PROMPT:], tokenizer)) if words != said else ()
+        fronts = ("", "\n", text_of(prompt[-_PROMPT:], tokenizer)) if words != said else ()
         behind = next((front for front in fronts if _tokens(said, front, tokenizer) == answer), None)
         left = answer[first:last] if behind is None else _tokens(words, behind, tokenizer)
         if left == answer[first:last]:
@@ -200,7 +200,7 @@ class _Left:
         if self.by_tokens or not self.tokens:
             return [place for start, stop in self.spans for place in range(start, stop)]
         # The bytes of a character are several tokens in many tokenizers: all but the last add nothing to the text.
-        ends = [len(_text(self.answer[: i + 1], tokenizer).rstrip("\ufffd")) for i in range(len(self.answer))]
+        ends = [len(text_of(self.answer[: i + 1], tokenizer).rstrip("\ufffd")) for i in range(len(self.answer))]
         starts = [0, *ends[:-1]]
         return [
             place
@@ -209,7 +209,7 @@ class _Left:
         ]
 
 
-def _text(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+def text_of(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
